@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmqual_contract import cli
+from vlmqual_contract.discovery import make_library, make_target, parse
+from vlmqual_contract.errors import EXIT_OK, EXIT_USAGE, UsageError
+
+TOY = Path(__file__).with_name("toy_target.py")
+
+
+def test_a_target_string_is_taken_apart():
+    assert parse("eager:device=cuda,dtype=bfloat16").options == {"device": "cuda", "dtype": "bfloat16"}
+    assert parse("rbln:npu=RBLN-CA25").kind == "rbln"
+    spec = parse("some/dir/my.py:Mine:a=1")
+    assert (spec.file, spec.name, dict(spec.options)) == ("some/dir/my.py", "Mine", {"a": "1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nothing-like-it", "installed are .*eager"),
+        ("", "no kind"),
+        ("eager:device", "no key=value"),
+        ("eager:device=cpu,device=cpu", "given twice"),
+        (f"{TOY}:Toy:wrong=1", "it knows bad, ranks"),
+        (f"{TOY}:Missing", "its classes are .*Toy"),
+        ("missing/file.py:Toy", "does not exist"),
+    ],
+)
+def test_a_wrong_target_string_is_answered_with_what_would_be_valid(text, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        make_target(text)
+
+
+def test_a_broken_adapter_file_is_named_with_its_error(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_module\n")
+    with pytest.raises(UsageError, match=r"broken\.py: ModuleNotFoundError"):
+        make_target(f"{path}:Any")
+
+
+def test_an_unknown_library_lists_the_installed_ones():
+    with pytest.raises(UsageError, match="transformers"):
+        make_library("no-such-library")
+
+
+def test_every_subcommand_is_listed_and_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == EXIT_OK
+    text = capsys.readouterr().out
+    for name in ("conformance", "perf", "report", "generate", "targets", "check-target"):
+        assert name in text, f"the help of vlmqual does not list {name}"
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == EXIT_OK
+        assert "usage: vlmqual" in capsys.readouterr().out
+
+
+def test_an_unknown_subcommand_and_a_missing_one_are_bad_usage(capsys):
+    for arguments in (["no-such-command"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == EXIT_USAGE
+        assert "usage: vlmqual" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_sentence_and_no_traceback(capsys):
+    assert cli.main(["check-target", "no-such-target"]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "no-such-target" in error
+    assert "Traceback" not in error
+
+
+def test_targets_lists_kinds_with_their_options(capsys):
+    assert cli.main(["targets"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "eager" in text
+    assert "dtype" in text
+    assert "forced-tokens" in text

@@ -1,0 +1,109 @@
+"""A target in numpy whose answers a test can work out by hand, with switches for bad behaviour."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from vlmqual_contract.errors import UsageError
+from vlmqual_contract.target import Capability, Info
+
+VOCABULARY = 11
+
+
+class ToyFeatures:
+    dtype = "float32"
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+
+    def arrays(self):
+        return {"image_hidden_states": np.full((1, 1, 2), self.total, np.float32)}
+
+    def taps(self):
+        return {}
+
+
+class ToyStep:
+    dtype = "bfloat16"
+
+    def __init__(self, sums: np.ndarray) -> None:
+        self.sums = sums
+
+    def tokens(self):
+        return self.sums % VOCABULARY
+
+    def logits(self, all_positions: bool = False):
+        return np.eye(VOCABULARY, dtype=np.float32)[self.tokens()]
+
+    def taps(self):
+        return {}
+
+
+class ToySession:
+    def __init__(self, bad: str) -> None:
+        self.bad = bad
+
+    def preprocess(self, prompts):
+        print("a target may print without breaking the pipe")
+        ids = np.array([[len(prompt.text)] for prompt in prompts], dtype=np.int64)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def vision(self, inputs):
+        return ToyFeatures(float(inputs["pixel_values"].sum()))
+
+    def prefill(self, inputs, features=None):
+        if self.bad == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.bad == "hang":
+            time.sleep(3600)
+        if self.bad == "raise":
+            raise IndexError("row 7 is out of range")
+        if self.bad == "object":
+            return ToyStep(np.array([object()]))
+        extra = 0
+        if features is not None:
+            arrays = features.arrays() if hasattr(features, "arrays") else features
+            extra = int(arrays["image_hidden_states"].sum())
+        return ToyStep(np.asarray(inputs["input_ids"]).sum(axis=1) + extra)
+
+    def decode(self, step, tokens=None):
+        return ToyStep(step.sums + (step.tokens() if tokens is None else tokens))
+
+    def synchronize(self):
+        time.sleep(0.001)
+
+
+class Toy:
+    def __init__(self, bad: str = "", ranks: str = "one") -> None:
+        if bad == "usage":
+            raise UsageError("bad=usage is refused by the toy")
+        self.bad = bad
+        self.info = Info(
+            name="toy",
+            version="1",
+            device="cpu",
+            runtime="numpy",
+            dtype="float32",
+            capabilities=frozenset({Capability.PREPROCESS, Capability.TENSOR_PARALLEL}),
+            families=("idefics3",),
+            processes="per-rank" if ranks == "many" else "one",
+            software={"numpy": np.__version__},
+        )
+
+    @contextmanager
+    def open(self, model, options) -> Iterator[ToySession]:
+        if options.tp == 3:
+            raise UsageError("text_config: 4 attention heads do not divide by 3 ranks")
+        rank = int(os.environ["RANK"])
+        if self.bad == "rank1" and rank == 1:
+            os._exit(7)
+        yield ToySession("hang" if self.bad == "rank1" else self.bad)
+
+    def probe(self, name, shape, dtype):
+        return float(os.environ["RANK"]) + 1.0

@@ -1,0 +1,143 @@
+"""From names to objects: target strings, libraries and commands, found through entry points.
+
+A target string is `kind[:key=value,...]`, for example `eager:device=cpu,dtype=bfloat16`, or
+`path/to/adapter.py:MyTarget[:key=value,...]` for a target that is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Any, cast
+
+from vlmqual_contract.errors import UsageError
+from vlmqual_contract.target import Library, Target
+
+TARGETS = "vlmqual.targets"
+LIBRARIES = "vlmqual.libraries"
+COMMANDS = "vlmqual.commands"
+REQUIREMENTS = "vlmqual.requirements"
+
+
+def suite_version() -> str:
+    """Version of the installed `vlmqual` distribution."""
+    return version("vlmqual")
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """Names of one entry point group to their entry points, sorted by name."""
+    return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+
+
+@dataclass(frozen=True)
+class TargetString:
+    """A parsed target string.
+
+    Attributes:
+        kind: name of an entry point, or "" for a target from a file.
+        file: path of a Python file, or "".
+        name: name of the target in that file, or "".
+        options: keyword arguments of the target's factory.
+    """
+
+    kind: str
+    file: str = ""
+    name: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse(text: str) -> TargetString:
+    """Take a target string apart.
+
+    Raises:
+        UsageError: it does not have the form of a target string.
+    """
+    file, mark, rest = text.rpartition(".py:")
+    if mark:
+        name, _, options = rest.partition(":")
+        return TargetString("", file + ".py", name, _options(options, text))
+    kind, _, options = text.partition(":")
+    if not kind:
+        raise UsageError(f"target {text!r} has no kind; a target string is kind[:key=value,...]")
+    return TargetString(kind, options=_options(options, text))
+
+
+def _options(text: str, whole: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        key, mark, value = part.partition("=")
+        if not mark or not key.isidentifier():
+            raise UsageError(f"target {whole!r}: {part!r} is no key=value")
+        if key in found:
+            raise UsageError(f"target {whole!r}: {key} is given twice")
+        found[key] = value
+    return found
+
+
+def make_target(text: str) -> Target:
+    """The target that a target string names.
+
+    Raises:
+        UsageError: unknown kind, missing file or name, keyword that the target does not know, or an import that fails.
+    """
+    spec = parse(text)
+    factory: Callable[..., Target]
+    if spec.file:
+        factory = _from_file(spec)
+    else:
+        points = installed(TARGETS)
+        if spec.kind not in points:
+            raise UsageError(
+                f"target {spec.kind!r} is not installed; installed are {', '.join(points) or 'none'}; "
+                "a target from a file is written path/to/adapter.py:Name"
+            )
+        factory = _load(points[spec.kind])
+    try:
+        inspect.signature(factory).bind(**spec.options)
+    except TypeError as error:
+        known = [name for name in inspect.signature(factory).parameters if name != "self"]
+        raise UsageError(f"target {text!r}: {error}; it knows {', '.join(known) or 'no options'}") from error
+    return factory(**spec.options)
+
+
+def make_library(name: str) -> Library:
+    """The library subject of this name.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    points = installed(LIBRARIES)
+    if name not in points:
+        raise UsageError(f"library {name!r} is not installed; installed are {', '.join(points) or 'none'}")
+    return cast(Library, _load(points[name])())
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except ImportError as error:
+        raise UsageError(f"{point.group} {point.name}: {error}; install the extra that it needs") from error
+
+
+def _from_file(spec: TargetString) -> Callable[..., Target]:
+    path = Path(spec.file)
+    if not path.is_file():
+        raise UsageError(f"target file {spec.file} does not exist")
+    module_spec = importlib.util.spec_from_file_location(f"vlmqual_adapter_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"target file {spec.file} cannot be imported")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"target file {spec.file}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, spec.name):
+        public = sorted(name for name, item in vars(module).items() if inspect.isclass(item) and name[0] != "_")
+        raise UsageError(f"target file {spec.file} has no {spec.name!r}; its classes are {', '.join(public) or 'none'}")
+    return cast(Callable[..., Target], getattr(module, spec.name))

@@ -1,0 +1,297 @@
+"""The client's end of a target in workers: looks like a target, and cannot be taken down by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from vlmqual_contract.errors import TargetFailure, UsageError
+from vlmqual_contract.launch import Group, Limits
+from vlmqual_contract.subject import RemoteLibrary
+from vlmqual_contract.target import (
+    Array,
+    Capability,
+    FloatArray,
+    Info,
+    Inputs,
+    IntArray,
+    Model,
+    Options,
+    Prompt,
+)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What some repetitions gave.
+
+    Attributes:
+        seconds: for each repetition a value for each step; of several ranks the slowest one's.
+        digests: digest of the generated token ids for each repetition (rank 0).
+        tokens: (B, 1 + steps) of the last repetition, or None.
+        logits: (1 + steps, B, V) of the last repetition, or None.
+    """
+
+    seconds: list[list[float]]
+    digests: list[str]
+    tokens: IntArray | None
+    logits: FloatArray | None
+
+
+class _Kept:
+    """Something that lives in the target; the target forgets it after we did."""
+
+    def __init__(self, session: RemoteSession, number: int, dtype: str) -> None:
+        self._session = session
+        self.number = number
+        self.dtype = dtype
+
+    def _read(self, what: str, **more: Any) -> Any:
+        return self._session.request({"op": "read", "number": self.number, "what": what, **more})["value"]
+
+    def __del__(self) -> None:
+        self._session.forgotten.append(self.number)
+
+
+class RemoteFeatures(_Kept):
+    """Image features in the target. See `target.Features`."""
+
+    def arrays(self) -> Mapping[str, FloatArray]:
+        """Copy out."""
+        return dict(self._read("arrays"))
+
+    def taps(self) -> Mapping[str, FloatArray]:
+        """Hidden states by component name."""
+        return dict(self._read("taps"))
+
+
+class RemoteStep(_Kept):
+    """Sequences in the target. See `target.Step`."""
+
+    def tokens(self) -> IntArray:
+        """Greedy next token of every row, (B,) int64."""
+        tokens: IntArray = self._read("tokens")
+        return tokens
+
+    def logits(self, all_positions: bool = False) -> FloatArray:
+        """Logits of the last real position, (B, V), or of all positions, (B, S, V)."""
+        logits: FloatArray = self._read("logits", all_positions=all_positions)
+        return logits
+
+    def taps(self) -> Mapping[str, FloatArray]:
+        """Hidden states by component name."""
+        return dict(self._read("taps"))
+
+
+class RemoteSession:
+    """An opened model in workers. See `target.Session`.
+
+    Attributes:
+        load_s: seconds that the target took to open the model, of the slowest rank.
+    """
+
+    def __init__(self, group: Group, model: Model, options: Options) -> None:
+        self._group = group
+        self.forgotten: list[int] = []
+        replies = group.request_all({"op": "open", "model": asdict(model), "options": asdict(options)})
+        self.load_s = max(float(reply["seconds"]) for reply in replies)
+
+    def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
+        """Turn prompts into padded tensors."""
+        return dict(self.request({"op": "preprocess", "prompts": [asdict(prompt) for prompt in prompts]})["inputs"])
+
+    def vision(self, inputs: Inputs) -> RemoteFeatures:
+        """Run the vision tower to the connector's output."""
+        reply = self.request({"op": "vision", "inputs": inputs})
+        return RemoteFeatures(self, reply["features"], reply["dtype"])
+
+    def prefill(self, inputs: Inputs, features: RemoteFeatures | Mapping[str, Array] | None = None) -> RemoteStep:
+        """Start new sequences."""
+        reply = self.request({"op": "prefill", "inputs": inputs, "features": _features(features)})
+        return RemoteStep(self, reply["step"], reply["dtype"])
+
+    def decode(self, step: RemoteStep, tokens: IntArray | None = None) -> RemoteStep:
+        """One token further for every row."""
+        reply = self.request({"op": "decode", "step": step.number, "tokens": tokens})
+        return RemoteStep(self, reply["step"], reply["dtype"])
+
+    def synchronize(self) -> None:
+        """Return when the device is done."""
+        self.request({"op": "synchronize"})
+
+    def prepare(
+        self,
+        phase: str,
+        *,
+        prompts: Sequence[Prompt] = (),
+        inputs: Inputs | None = None,
+        features: RemoteFeatures | Mapping[str, Array] | None = None,
+        steps: int = 0,
+        tokens: IntArray | None = None,
+        keep_logits: bool = False,
+    ) -> int:
+        """Hand over what a measured repetition does (see `timing.Work`); the number that `repeat` takes."""
+        body = {
+            "op": "prepare",
+            "phase": phase,
+            "prompts": [asdict(prompt) for prompt in prompts],
+            "inputs": dict(inputs or {}),
+            "features": _features(features),
+            "steps": steps,
+            "tokens": tokens,
+            "keep_logits": keep_logits,
+        }
+        return int(self.request(body)["work"])
+
+    def repeat(self, work: int, count: int = 1) -> Repeated:
+        """Run repetitions in the worker's timing loop; of several ranks the slowest one's value of every step."""
+        replies = self.request_all({"op": "repeat", "work": work, "count": count})
+        by_rank = [reply["seconds"] for reply in replies]
+        slowest = [[max(values) for values in zip(*steps, strict=True)] for steps in zip(*by_rank, strict=True)]
+        first = replies[0]
+        return Repeated(slowest, first["digests"], first["tokens"], first["logits"])
+
+    def close(self) -> None:
+        """Close the model; the workers stay."""
+        if self._group.alive:
+            self.request({"op": "close"})
+
+    def request(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask every rank; the answer of rank 0."""
+        return self.request_all(body)[0]
+
+    def request_all(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Ask every rank; all answers."""
+        forgotten, self.forgotten = self.forgotten, []
+        return self._group.request_all({**body, "forget": forgotten})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except TargetFailure:
+            if error is None:
+                raise
+
+
+def _features(features: RemoteFeatures | Mapping[str, Array] | None) -> Any:
+    return features.number if isinstance(features, RemoteFeatures) else features
+
+
+class RemoteTarget:
+    """A target in its own process or processes, as a context manager.
+
+    Args:
+        text: target string.
+        tp: tensor-parallel size that sessions will be opened with.
+        python: interpreter of another environment.
+        threads: compute threads of each rank.
+        limits: time limits.
+
+    Raises:
+        UsageError: the target string is wrong, or the target cannot do this tensor-parallel size at all.
+        TargetFailure: the target did not come up.
+
+    Attributes:
+        info: what the target says of itself.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        tp: int = 1,
+        python: str | None = None,
+        threads: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.text = text
+        self._arguments = ("--target", text)
+        self._group = Group(self._arguments, python=python, threads=threads, limits=limits)
+        try:
+            self.info = _info(self._group.request({"op": "describe"})["info"])
+            if tp > 1 and Capability.TENSOR_PARALLEL not in self.info.capabilities:
+                raise UsageError(f"target {text!r} does not split a model over devices: it lacks tensor-parallel")
+            if tp > 1 and self.info.processes == "per-rank":
+                self._group.stop()
+                self._group = Group(self._arguments, size=tp, python=python, threads=threads, limits=limits)
+                self._group.request({"op": "describe"})
+        except BaseException:
+            self._group.kill()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """False once the target crashed, hung or was stopped."""
+        return self._group.alive
+
+    @property
+    def processes(self) -> int:
+        """Number of worker processes."""
+        return self._group.size
+
+    def open(self, model: Model, options: Options | None = None) -> RemoteSession:
+        """Load a checkpoint."""
+        return RemoteSession(self._group, model, options or Options())
+
+    def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
+        """Seconds of one pass of a ceiling probe, of the slowest rank."""
+        replies = self._group.request_all({"op": "probe", "name": name, "shape": list(shape), "dtype": dtype})
+        return max(float(reply["seconds"]) for reply in replies)
+
+    def stop(self) -> None:
+        """End the target's processes."""
+        self._group.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _info(data: dict[str, Any]) -> Info:
+    return Info(
+        **{
+            **data,
+            "capabilities": frozenset(Capability(item) for item in data["capabilities"]),
+            "families": tuple(data["families"]),
+        }
+    )
+
+
+class LibraryProcess:
+    """A library subject in its own process, as a context manager that gives a `RemoteLibrary`."""
+
+    def __init__(self, name: str, *, python: str | None = None, limits: Limits | None = None) -> None:
+        self._group = Group(("--library", name), python=python, limits=limits)
+        try:
+            self.library = RemoteLibrary(self._group.request)
+        except BaseException:
+            self._group.kill()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """False once the process crashed, hung or was stopped."""
+        return self._group.alive
+
+    def stop(self) -> None:
+        """End the process."""
+        self._group.stop()
+
+    def __enter__(self) -> RemoteLibrary:
+        return self.library
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,206 @@
+"""What at least two families share: norms, rotary embedding, attention, feed-forward blocks.
+
+Legend of shapes: B rows, S query positions, K key positions, D width, H heads, G queries of one key head, d head width.
+Head counts are -1 in views, so that a model whose projections were cut for one rank runs unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str) -> Activation:
+    """The activation that config.json calls by this name."""
+    return _ACTIVATIONS[name]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and softmax: float32, or the input's where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in at least float32, then times the weight (ALGORITHMS 1)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = x.to(at_least_float32(x.dtype))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, rope: Mapping[str, Any]) -> Tensor:
+    """Angles per position in float32, (head_dim / 2,).
+
+    Args:
+        head_dim: width of a head.
+        theta: base.
+        rope: `rope_type` "default", "linear" (all angles divided by `factor`) or "llama3": wavelengths longer than
+            `original_max_position_embeddings / low_freq_factor` are divided by `factor`, those shorter than
+            `original_max_position_embeddings / high_freq_factor` stay, those between are blended linearly in
+            1 / wavelength.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        trained = rope["original_max_position_embeddings"]
+        wavelengths = 2 * math.pi / frequencies
+        slowed = frequencies / rope["factor"]
+        keep = (trained / wavelengths - low) / (high - low)
+        blended = (1 - keep) * slowed + keep * frequencies
+        frequencies = torch.where(wavelengths > trained / low, slowed, frequencies)
+        between = (wavelengths <= trained / low) & (wavelengths >= trained / high)
+        return torch.where(between, blended, frequencies)
+    return frequencies
+
+
+class Rotary:
+    """Cosines and sines of positions, made in float32. Holds no parameter, so no change of dtype reaches it."""
+
+    def __init__(self, head_dim: int, theta: float, rope: Mapping[str, Any]) -> None:
+        self._frequencies = {torch.device("cpu"): rotary_frequencies(head_dim, theta, rope)}
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, S, d) in `dtype` for positions (B, S)."""
+        device = positions.device
+        if device not in self._frequencies:
+            self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
+        angles = positions[:, None, :, None].to(torch.float32) * self._frequencies[device]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (j, j + d/2) of (B, H, S, d) by their angle (half-split form)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_bias(valid: Tensor | None, start: int, queries: int, keys: int, like: Tensor) -> Tensor | None:
+    """What is added to attention scores so that a query sees the valid keys up to its own slot.
+
+    Args:
+        valid: (B, K) bool, True for slots that hold a real token; None when all do.
+        start: slot of the first query.
+        queries: number of queries S.
+        keys: number of key slots K.
+        like: a tensor of the wanted device and dtype.
+
+    Returns:
+        (B or 1, 1, S, K) with 0 or the dtype's most negative number, or None when nothing is hidden. The number is
+        finite, so that a row that sees nothing stays free of NaN.
+    """
+    if valid is None and queries == 1:
+        return None
+    slots = torch.arange(keys, device=like.device)
+    seen = slots[None, :] <= slots[start : start + queries, None]
+    seen = seen[None, None] if valid is None else seen[None, None] & valid[:, None, None, :keys]
+    return hidden_bias(seen, like)
+
+
+def hidden_bias(seen: Tensor, like: Tensor) -> Tensor:
+    """0 where `seen`, the most negative number of `like`'s dtype elsewhere."""
+    bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill(~seen, torch.finfo(like.dtype).min)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    implementation: str,
+    dropout: float = 0.0,
+    weights: list[Tensor] | None = None,
+) -> Tensor:
+    """Scaled dot-product attention; query head h reads key head h // G (ALGORITHMS 1).
+
+    Args:
+        q: (B, H, S, d).
+        k: (B, H / G, K, d).
+        v: like k.
+        bias: None, or (B or 1, 1, S or 1, K), added to the scores.
+        implementation: "eager" spells the products out, "sdpa" leaves them to torch.
+        dropout: probability of dropping a weight; 0 outside training.
+        weights: where given, the attention weights (B, H, S, K) are appended; needs "eager".
+
+    Returns:
+        (B, S, H * d).
+    """
+    batch, heads, queries, width = q.shape
+    groups = heads // k.shape[1]
+    if implementation == "sdpa":
+        if groups > 1 and queries > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        elif groups > 1:  # one query: the queries of a key head stand in its rows, nothing is copied
+            q = q.reshape(batch, k.shape[1], groups, width)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        wide = at_least_float32(q.dtype)
+        folded = q.reshape(batch, k.shape[1], groups * queries, width)
+        scores = (folded @ k.transpose(-1, -2)).view(batch, k.shape[1], groups, queries, -1)
+        scores = scores.to(wide) * width**-0.5
+        if bias is not None:
+            scores = scores + bias.to(wide)[:, :, None]
+        shares = F.dropout(scores.softmax(-1).to(q.dtype), dropout)
+        if weights is not None:
+            weights.append(shares.reshape(batch, heads, queries, -1))
+        mixed = shares.reshape(batch, k.shape[1], groups * queries, -1) @ v
+    return mixed.reshape(batch, heads, queries, width).transpose(1, 2).reshape(batch, queries, heads * width)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (ALGORITHMS 1)."""
+
+    def __init__(self, width: int, inner: int, act: str, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))), with biases."""
+
+    def __init__(self, width: int, inner: int, act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out

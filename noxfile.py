@@ -1,0 +1,159 @@
+"""Every command of the project; each session sets up its own environment.
+
+`nox -s qualify` does the main job, `nox -s tests` runs the unit tests. Arguments after `--` go to the tool:
+`nox -s conformance -- --target eager:dtype=bfloat16`, `nox -s perf -- --tp 1,2`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.3.2"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "imports", "tests"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+RESULTS = "results"
+
+# transformers decides tokenizers and huggingface-hub, so the three are pinned together.
+TRANSFORMERS = {
+    "5.23.0": ["transformers==5.23.0", "tokenizers==0.23.3", "huggingface-hub==2.4.0"],
+    "4.46.3": ["transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.2"],
+}
+CURRENT = "5.23.0"
+GOLD = "4.46.3"
+VERSIONS = [nox.param(version, id=version) for version in TRANSFORMERS]
+
+# The embedded default in the dtypes that are judged on a CPU.
+DEFAULT_TARGETS = ["--target", "eager", "--target", "eager:dtype=bfloat16", "--target", "eager:dtype=float64"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def install(session: nox.Session, extras: str, *more: str, transformers: str = CURRENT) -> None:
+    """Install this checkout, editable, with extras, pinned."""
+    pins = TRANSFORMERS[transformers] if "impl" in extras else []
+    # torch first: the CPU build is found under its exact version only.
+    if "impl" in extras:
+        session.install("-c", str(CONSTRAINTS), "torch==2.13.0")
+    session.install("-c", str(CONSTRAINTS), "-e", f".[{extras}]", *pins, *more)
+
+
+def vlmqual(session: nox.Session, *arguments: str, success: tuple[int, ...] = (0,)) -> None:
+    """Run the console script in the session's environment."""
+    session.run("vlmqual", *arguments, success_codes=list(success), env=OFFLINE)
+
+
+def with_default(arguments: list[str], option: str, default: list[str]) -> list[str]:
+    """The user's arguments, with a default for an option that they leave out."""
+    given = any(item == option or item.startswith(f"{option}=") for item in arguments)
+    return arguments if given else [*default, *arguments]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Unit tests of all packages."""
+    install(session, "impl,conformance,perf,reports", "hypothesis")
+    session.run("pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def qualify(session: nox.Session) -> None:
+    """The main job: conformance, performance and report of the embedded default target.
+
+    `--short` runs one dtype and the smoke scenarios only.
+    """
+    install(session, "impl,conformance,perf,reports")
+    short = "--short" in session.posargs
+    if unknown := [item for item in session.posargs if item != "--short"]:
+        session.error(f"qualify knows --short only, not {' '.join(unknown)}; see conformance, perf and report")
+    results = f"{RESULTS}/qualify"
+    targets = ["--target", "eager"] if short else DEFAULT_TARGETS
+    # A failed verdict or cell (1) belongs on the page, so the report is made before the session fails.
+    vlmqual(session, "conformance", *targets, "--results", results, success=(0, 1))
+    suite = ["--suite", "smoke"] if short else ["--suite", "default"]
+    vlmqual(session, "perf", "--tp", "1,2", *suite, "--results", results, success=(0, 1))
+    vlmqual(session, "report", results)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Conformance of one or several targets; the embedded default without arguments."""
+    install(session, "impl,conformance")
+    arguments = with_default(session.posargs, "--target", DEFAULT_TARGETS)
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", RESULTS]))
+
+
+@nox.session
+@nox.parametrize("transformers", VERSIONS)
+def conformance_transformers(session: nox.Session, transformers: str) -> None:
+    """Conformance of a version of transformers, in an environment of its own."""
+    install(session, "impl,conformance", transformers=transformers)
+    arguments = with_default(session.posargs, "--target", ["--target", "transformers"])
+    results = f"{RESULTS}/transformers-{transformers}"
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
+
+
+@nox.session
+def perf(session: nox.Session) -> None:
+    """Performance of a target; the embedded default without arguments."""
+    install(session, "impl,perf")
+    vlmqual(session, "perf", *with_default(session.posargs, "--results", ["--results", RESULTS]))
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """One HTML and one Markdown page from results; folders after `--`, `results` without."""
+    install(session, "conformance,reports")
+    folders = session.posargs or [RESULTS]
+    vlmqual(session, "report", *folders, success=(0, 1, 3))
+
+
+@nox.session
+@nox.parametrize("transformers", [nox.param(version, id=version) for version in (GOLD, CURRENT)])
+def goldens(session: nox.Session, transformers: str) -> None:
+    """Make the goldens again from the pinned reference; `-- --check` compares with the stored ones instead."""
+    install(session, "impl", transformers=transformers)
+    only = [] if transformers == GOLD else ["--pixels-only"]
+    arguments = ["--family", "idefics3", "--output", "fixtures", *only, *session.posargs]
+    session.run("python", "-m", "vlmqual_adapters.goldens", *arguments, env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install("-c", str(CONSTRAINTS), "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types, strict."""
+    install(session, "impl,conformance,perf,reports", "mypy", "pandas-stubs", "types-psutil")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom (DESIGN: the contracts stand in pyproject.toml)."""
+    session.install("-c", str(CONSTRAINTS), "import-linter", "-e", ".")
+    session.run("lint-imports", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Wheel and source archive; then the wheel alone must find its fixtures and list its targets."""
+    session.install("-c", str(CONSTRAINTS), "build", "twine")
+    session.run("python", "-m", "build", "--outdir", "dist")
+    session.run("twine", "check", "--strict", *[str(path) for path in sorted(Path("dist").glob("*"))])
+    wheel = max(Path("dist").glob("*.whl"), key=os.path.getmtime).resolve()
+    session.install("-c", str(CONSTRAINTS), "--force-reinstall", "--no-deps", str(wheel))
+    session.install("-c", str(CONSTRAINTS), "numpy")
+    session.chdir(session.create_tmp())
+    code = "from vlmqual_contract import fixtures; print(*map(fixtures.file, fixtures.names()), sep='\\n')"
+    session.run("python", "-c", code, silent=True)
+    session.run("vlmqual", "targets")

@@ -1,0 +1,1 @@
+"""Reports: from results files to pages that a person can decide on."""
