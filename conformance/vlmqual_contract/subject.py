@@ -294,7 +294,8 @@ class LibraryServer:
         default = None if required else item.default
         if not (default is None or isinstance(default, (bool, int, float, str))):
             default = repr(default)
-        return {"name": item.name, "kind": item.kind.name, "required": required, "default": default}
+        fields = {"name": item.name, "kind": item.kind.name, "required": required, "default": self._encode(default)}
+        return {"$dict": list(fields.items())}
 
 
 def _parameters(found: Any) -> list[inspect.Parameter]:
@@ -304,7 +305,7 @@ def _parameters(found: Any) -> list[inspect.Parameter]:
 
 def _image(source: Any, mode: str | None) -> Any:
     pil = importlib.import_module("PIL.Image")  # only where a library with images is installed
-    image = pil.fromarray(source, mode=mode) if isinstance(source, np.ndarray) else pil.open(source)
+    image = pil.fromarray(source) if isinstance(source, np.ndarray) else pil.open(source)
     image.load()
     return image.convert(mode) if mode and image.mode != mode else image
 

@@ -1,8 +1,9 @@
 """The recipes of the fixture images: photographs that may be passed on, pages of our own, and edge cases.
 
-`python -m vlmqual_adapters.pictures --sources DIR --output fixtures` makes them; DIR holds the unpacked wheels that the
-photographs come from. The stored files are what counts: how letters and resized photographs come out depends on the
-versions of Pillow and its libraries. `--check` makes the edge cases again, which depend on nothing, and compares pixels.
+`python -m vlmqual_adapters.pictures --sources DIR --output fixtures` makes them; DIR holds the unpacked wheels that
+the photographs come from. The stored files are what counts: how letters and resized photographs come out depends on
+the versions of Pillow and its libraries. `--check` makes the edge cases again, which depend on nothing, and compares
+pixels.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlmqual_adapters import inventory
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, UsageError
 from vlmqual_contract.target import Array
 
@@ -283,8 +286,8 @@ def report() -> Image.Image:
     for row in range(4):
         draw.line((30, 310 + 22 * row, 530, 310 + 22 * row), fill=(160, 160, 160))
     cells = ("Station", "April", "May", "June"), ("Lake", "212", "88", "61"), ("Ridge", "164", "70", "55")
-    for row, line in enumerate(cells):
-        for column, cell in enumerate(line):
+    for row, texts in enumerate(cells):
+        for column, cell in enumerate(texts):
             draw.text((40 + 125 * column, 313 + 22 * row), cell, font=_font(13), fill="black")
     draw.text((272, 396), "- 7 -", font=_font(12), fill="black")
     return image
@@ -313,10 +316,10 @@ def licences() -> str:
     ]
     lines += [
         "",
-        "The pages " + ", ".join(f"`{name}`" for name in PAGES) + " are drawn by `vlmqual_adapters.pictures` with text",
-        "of this project (names and figures are invented); they and all `edge-*` files, which the same module computes,",
-        "are part of this project and under its licence (Apache-2.0). Letters on the pages are drawn with the font that",
-        "Pillow brings along (Aileron, CC0 1.0).",
+        "The pages " + ", ".join(f"`{name}`" for name in PAGES) + " are drawn by `vlmqual_adapters.pictures`",
+        "with text of this project (names and figures are invented); they and all `edge-*` files, which the same",
+        "module computes, are part of this project and under its licence (Apache-2.0). Letters on the pages are drawn",
+        "with the font that Pillow brings along (Aileron, CC0 1.0).",
         "",
     ]
     return "\n".join(lines)
@@ -340,7 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlmqual_adapters.pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("fixtures"), help="the fixtures directory")
     parser.add_argument("--sources", type=Path, help="directory with the unpacked wheels; without it no photographs")
-    parser.add_argument("--check", action="store_true", help="write nothing; compare the edge cases with what is stored")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; compare the edge cases with what is stored"
+    )
     chosen = parser.parse_args(arguments)
     folder: Path = chosen.output / "images"
     if chosen.check:
@@ -355,6 +360,9 @@ def main(arguments: list[str] | None = None) -> int:
         save(name, image, folder / name)
         print(f"{(folder / name).stat().st_size:>9} bytes  {name}")
     (folder / "LICENSES.md").write_text(licences(), "utf-8")
+    command = "python -m vlmqual_adapters.pictures --sources DIR --output fixtures"
+    record = {"command": command, "software": [f"pillow {version('pillow')}"], "sources": [_SKIMAGE, _SKLEARN]}
+    inventory.write(chosen.output, "images", record)
     return EXIT_OK
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmqual_adapters import vocabulary
+from vlmqual_adapters import inventory, vocabulary
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK
 from vlmqual_contract.target import Array
 
@@ -248,7 +248,11 @@ def safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> by
     offset = 0
     for name in sorted(tensors):
         data = tensors[name].astype("<u2").tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [offset, offset + len(data)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
         offset += len(data)
         parts.append(data)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -294,6 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             print(f"{len(content):>9} bytes  {name}")
+    if not chosen.check:
+        command = "python -m vlmqual_adapters.recipes --output fixtures"
+        inventory.write(chosen.output, "checkpoints", {"command": command, "seed": SEED, "generator": "numpy PCG64"})
     return EXIT_FAILED if different else EXIT_OK
 
 

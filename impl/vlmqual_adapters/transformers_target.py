@@ -115,9 +115,9 @@ class TransformersTarget:
             )
         except Exception as error:  # the library has no common base class for what can be wrong with a checkpoint
             raise UsageError(f"checkpoint {path}: transformers cannot load it: {error}") from error
-        for kind in ("missing_keys", "mismatched_keys"):
-            if names := sorted(str(name) for name in report[kind]):
-                raise UsageError(f"checkpoint {path}: {len(names)} {kind.replace('_', ' ')}, the first is {names[0]}")
+        for key in ("missing_keys", "mismatched_keys"):
+            if names := sorted(str(name) for name in report[key]):
+                raise UsageError(f"checkpoint {path}: {len(names)} {key.replace('_', ' ')}, the first is {names[0]}")
         return loaded.to(self._device).eval()
 
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
@@ -224,12 +224,16 @@ class TransformersStep:
 
 
 class TransformersSession:
-    """The contract's Session over one loaded model."""
+    """The contract's Session over one loaded model.
+
+    Attributes:
+        model: the library's model.
+    """
 
     def __init__(self, torch: Any, library: Any, model: Any, path: Path, options: Options) -> None:
         self._torch = torch
         self._library = library
-        self._model = model
+        self.model = model
         self._path = path
         self._options = options
         self._processor: Any = None
@@ -261,7 +265,7 @@ class TransformersSession:
         if "pixel_values" not in inputs:
             raise UsageError(f"vision needs pixel_values; the inputs are {', '.join(inputs) or 'empty'}")
         pixels = {name: self._tensor(inputs[name]) for name in _PIXELS if name in inputs}
-        base = self._model.model
+        base = self.model.model
         points = _vision_points(base) if self._options.taps else {}
         with self._torch.inference_mode(), _watched(points) as taps:
             if hasattr(base, "get_image_features"):
@@ -281,7 +285,7 @@ class TransformersSession:
         def leave(module: Any, args: Any, output: Any) -> None:
             raise _Reached(output)
 
-        base = self._model.model
+        base = self.model.model
         handle = base.connector.register_forward_hook(leave)
         try:
             base(input_ids=self._tensor(np.zeros((1, 1), np.int64)), **pixels)
@@ -313,7 +317,7 @@ class TransformersSession:
         cache = self._cache_class()
         call = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         with torch.inference_mode(), self._text_taps() as taps:
-            output = self._model(**self._with_features(ids, self._hidden(features)), **call)
+            output = self.model(**self._with_features(ids, self._hidden(features)), **call)
             # The last real position of a row, whichever side is padded.
             index = torch.arange(mask.shape[1], device=mask.device)
             last = (index * (mask != 0)).argmax(dim=-1)
@@ -337,7 +341,7 @@ class TransformersSession:
             ids = step.greedy() if tokens is None else self._tensor(np.asarray(tokens, dtype=np.int64))
             mask = torch.cat([step.mask, torch.ones_like(step.mask[:, :1])], dim=-1)
             positions = step.positions + 1
-            output = self._model(
+            output = self.model(
                 input_ids=ids[:, None],
                 attention_mask=mask,
                 position_ids=positions[:, None],
@@ -349,7 +353,7 @@ class TransformersSession:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        _synchronize(self._torch, self._model.device)
+        _synchronize(self._torch, self.model.device)
 
     # what the phases share -------------------------------------------------------------------------------------------
 
@@ -362,11 +366,9 @@ class TransformersSession:
         if "mm_encoder_outputs" in self._forward:
             output = import_module("transformers.modeling_outputs").BaseModelOutputWithPooling
             return {"input_ids": ids, "mm_encoder_outputs": {"image": output(pooler_output=hidden.flatten(0, 1))}}
-        base = self._model.model
+        base = self.model.model
         embedded = base.get_input_embeddings()(ids)
-        return {
-            "inputs_embeds": base.inputs_merger(input_ids=ids, inputs_embeds=embedded, image_hidden_states=hidden)
-        }
+        return {"inputs_embeds": base.inputs_merger(input_ids=ids, inputs_embeds=embedded, image_hidden_states=hidden)}
 
     def _hidden(self, features: Features | Mapping[str, Array] | None) -> Any:
         if features is None:
@@ -376,23 +378,25 @@ class TransformersSession:
         arrays = features if isinstance(features, Mapping) else features.arrays()
         if "image_hidden_states" not in arrays:
             raise UsageError(f"features need image_hidden_states; there are {', '.join(arrays) or 'none'}")
-        return self._tensor(arrays["image_hidden_states"]).to(self._model.dtype)
+        return self._tensor(arrays["image_hidden_states"]).to(self.model.dtype)
 
     def _tensor(self, array: Array) -> Any:
-        return self._torch.from_numpy(np.array(array)).to(self._model.device)
+        return self._torch.from_numpy(np.array(array)).to(self.model.device)
 
     @contextmanager
     def _text_taps(self) -> Iterator[dict[str, Any]]:
         if not self._options.taps:
             yield {}
             return
-        text = self._model.model.text_model
+        text = self.model.model.text_model
         points = {f"text.layers.{index}": layer for index, layer in enumerate(text.layers)} | {"text.norm": text.norm}
         taps: dict[str, Any] = {}
 
         def entering(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
             embedded = kwargs.get("inputs_embeds")
-            taps["text.embeddings"] = module.get_input_embeddings()(kwargs["input_ids"]) if embedded is None else embedded
+            taps["text.embeddings"] = (
+                module.get_input_embeddings()(kwargs["input_ids"]) if embedded is None else embedded
+            )
 
         handle = text.register_forward_pre_hook(entering, with_kwargs=True)
         try:
@@ -403,7 +407,7 @@ class TransformersSession:
             handle.remove()
 
 
-class _Reached(Exception):  # noqa: N818  # not an error: the way out of a forward that has done enough
+class _Reached(Exception):  # not an error: the way out of a forward that has done enough
     def __init__(self, output: Any) -> None:
         super().__init__("the connector has answered")
         self.output = output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 MERGES = 320
@@ -39,8 +40,8 @@ Please answer with one word. Please write a short caption. Please list all names
 <row_1_col_1> <row_1_col_2> <row_1_col_3> <row_1_col_4> <row_2_col_1> <row_2_col_2> <row_2_col_3> <row_2_col_4>
 <row_3_col_1> <row_3_col_2> <row_3_col_3> <row_3_col_4> <row_4_col_1> <row_4_col_2> <row_4_col_3> <row_4_col_4>
 <global-img> <global-img> <global-img> <global-img>
-"""
-# What the library's byte-level pre-tokenizer keeps together: a word, a number or other signs, each with a space before it.
+"""  # noqa: E501
+# What the library's byte-level pre-tokenizer keeps together: a word, a number or other signs, with a space before.
 _PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
 
@@ -67,7 +68,7 @@ def learn(text: str = _TEXT, count: int = MERGES) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, number in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += number
         if not pairs:
             raise ValueError(f"the text gives only {len(merges)} merges, {count} are wanted")

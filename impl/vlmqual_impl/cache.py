@@ -24,8 +24,8 @@ class LayerView:
 class KeyValueCache:
     """Keys and values of every layer.
 
-    Indexing gives one layer's (keys, values), each (B, kv heads, length, head_dim): two tensors per layer, as many heads
-    as `num_key_value_heads` (IDEFICS3-MODEL-009, IDEFICS3-MODEL-010).
+    Indexing gives one layer's (keys, values), each (B, kv heads, length, head_dim): two tensors per layer, with as many
+    heads as `num_key_value_heads` (IDEFICS3-MODEL-009, IDEFICS3-MODEL-010).
 
     Attributes:
         length: slots written so far.

@@ -18,14 +18,16 @@ ROPE_TYPES = ("default", "linear", "llama3")
 # Keys that the reference writes into every config.json and that no model of ours reads: generation settings of old,
 # bookkeeping of pipelines. They are kept as attributes, but reporting them as unknown would only be noise.
 _BOOKKEEPING = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention bad_words_ids "
-    "begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty "
-    "do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length "
-    "min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix problem_type "
-    "pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens "
-    "task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript "
-    "transformers_version typical_p use_bfloat16".split()
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix problem_type
+    pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    transformers_version typical_p use_bfloat16
+    """.split()  # noqa: SIM905
 )
 
 
@@ -171,7 +173,9 @@ class PretrainedConfig:
             values = dict(values[cls.nested])
             kind = values.get("model_type", cls.model_type)
         if cls.model_type and kind not in cls._accepted():
-            raise ConfigError(f"{cls.nested or 'config'}.model_type is {kind!r}; {cls.__name__} reads {cls.model_type!r}")
+            raise ConfigError(
+                f"{cls.nested or 'config'}.model_type is {kind!r}; {cls.__name__} reads {cls.model_type!r}"
+            )
         return cls(**(values | kwargs))
 
     @classmethod
@@ -468,7 +472,7 @@ def config_for(values: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         ConfigError: `model_type` is missing or unknown.
     """
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIGS:
         raise ConfigError(f"config.model_type is {kind!r}; known model types are {', '.join(CONFIGS)}")
     return CONFIGS[kind].from_dict(values)

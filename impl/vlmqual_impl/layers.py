@@ -48,7 +48,8 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         wide = x.to(at_least_float32(x.dtype))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        out: Tensor = self.weight * wide.to(x.dtype)
+        return out
 
 
 def rotary_frequencies(head_dim: int, theta: float, rope: Mapping[str, Any]) -> Tensor:
@@ -63,9 +64,9 @@ def rotary_frequencies(head_dim: int, theta: float, rope: Mapping[str, Any]) -> 
             1 / wavelength.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
-    frequencies = 1.0 / (theta**exponents)
+    frequencies: Tensor = 1.0 / (theta**exponents)
     if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
+        return frequencies / float(rope["factor"])
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         trained = rope["original_max_position_embeddings"]

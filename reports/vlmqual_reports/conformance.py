@@ -13,7 +13,6 @@ from typing import Any
 
 from vlmqual_contract.records import Outcome, Run, Verdict
 from vlmqual_contract.requirement import LEVELS, Requirement
-
 from vlmqual_reports.load import is_library
 from vlmqual_reports.statements import Statements
 
@@ -68,6 +67,11 @@ class Level:
     name: str
     counts: tuple[Mapping[str, int], ...]
     rows: tuple[Row, ...]
+
+    @property
+    def failing(self) -> int:
+        """Number of requirements that failed or ended in an error in at least one run."""
+        return sum(any(mark.status in (Outcome.FAIL, Outcome.ERROR) for mark in row.marks) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,9 @@ def _levels(runs: Sequence[Run], statements: Statements) -> list[Level]:
                 id=id_,
                 statement=statements.text(id_),
                 keyword=known[id_].keyword if id_ in known else "",
-                marks=tuple(_mark(run, cases.get(id_, []), known.get(id_)) for run, cases in zip(runs, by_id, strict=True)),
+                marks=tuple(
+                    _mark(run, cases.get(id_, []), known.get(id_)) for run, cases in zip(runs, by_id, strict=True)
+                ),
             )
             for id_ in sorted(places)
             if places[id_] == (family, name)

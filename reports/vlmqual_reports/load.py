@@ -54,7 +54,9 @@ def load(paths: Sequence[Path]) -> Results:
     for run in sorted(found, key=_age, reverse=True):
         if newest.setdefault(_key(run), run) is not run:
             older.append(run)
-    order = sorted(newest.values(), key=lambda run: (run.header.kind, is_library(run), run.header.subject, str(run.path)))
+    order = sorted(
+        newest.values(), key=lambda run: (run.header.kind, is_library(run), run.header.subject, str(run.path))
+    )
     return Results(tuple(order), tuple(older), tuple(problems))
 
 
@@ -77,7 +79,7 @@ def why_incomplete(run: Run) -> str:
     rows = len(run.verdicts) + len(run.measurements)
     parts = []
     if run.footer is None:
-        parts.append(f"it has no footer after {_count(rows, 'row')}, so it was stopped or is still running")
+        parts.append(f"it was stopped or is still running after {_count(rows, 'row')}")
     if run.damaged:
         parts.append(f"{_count(run.damaged, 'line')} of its file cannot be read")
     if run.footer is not None and run.footer.rows != rows:

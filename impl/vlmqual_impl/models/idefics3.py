@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from vlmqual_impl.cache import KeyValueCache
 from vlmqual_impl.configs import Idefics3Config, Idefics3VisionConfig, LlamaConfig
 from vlmqual_impl.layers import MLP, GatedMLP, RMSNorm, Rotary, attend, causal_bias, hidden_bias, rotate
+from vlmqual_impl.tp import COLUMN, ROW
 
 Taps = dict[str, Tensor]
 
@@ -172,9 +173,9 @@ class Idefics3VisionTransformer(nn.Module):
         for index, layer in enumerate(self.encoder.layers):
             x = layer(x, bias, implementation)
             _tap(taps, f"vision.layers.{index}", x)
-        x = self.post_layernorm(x)
-        _tap(taps, "vision.post_layernorm", x)
-        return x
+        out: Tensor = self.post_layernorm(x)
+        _tap(taps, "vision.post_layernorm", out)
+        return out
 
 
 class ModalityProjection(nn.Module):
@@ -383,7 +384,9 @@ def encode_images(
     """
     vision = trunk.config.vision_config
     weight = trunk.connector.modality_projection.proj.weight
-    frames, patch_mask = real_frames(pixel_values.to(weight.device), _on(pixel_attention_mask, weight), vision.patch_size)
+    frames, patch_mask = real_frames(
+        pixel_values.to(weight.device), _on(pixel_attention_mask, weight), vision.patch_size
+    )
     rows, columns = frames.shape[2] // vision.patch_size, frames.shape[3] // vision.patch_size
     if frames.shape[1] != vision.num_channels:
         raise ValueError(f"pixel_values has {frames.shape[1]} channels; the vision tower takes {vision.num_channels}")
@@ -393,9 +396,9 @@ def encode_images(
             f"pixel shuffle needs a square grid that divides by scale_factor {trunk.config.scale_factor}"
         )
     x = trunk.vision_model(frames.to(weight.dtype), patch_mask, implementation=trunk.implementation, taps=taps)
-    x = trunk.connector(x)
-    _tap(taps, "connector", x)
-    return x
+    features: Tensor = trunk.connector(x)
+    _tap(taps, "connector", features)
+    return features
 
 
 def merge(embeddings: Tensor, image_positions: Tensor, features: Tensor) -> Tensor:
@@ -422,12 +425,9 @@ def merge(embeddings: Tensor, image_positions: Tensor, features: Tensor) -> Tens
 
 def new_cache(trunk: Idefics3Trunk, batch: int, max_length: int) -> KeyValueCache:
     """An empty cache for this model, as wide as the key projections are here."""
-    text = trunk.text_model
-    attention = text.layers[0].self_attn
-    weight = attention.k_proj.weight
-    assert isinstance(weight, Tensor)
+    weight = trunk.text_model.get_parameter("layers.0.self_attn.k_proj.weight")
     return KeyValueCache(
-        layers=len(text.layers),
+        layers=len(trunk.text_model.layers),
         batch=batch,
         heads=weight.shape[0] // trunk.config.text_config.head_dim,
         max_length=max_length,
@@ -517,16 +517,16 @@ def _on(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 #: Old Llama exports carry the rotary frequencies, which are computed here.
 RENAME: tuple[tuple[str, str | None], ...] = ((r"^.*\.rotary_emb\.inv_freq$", None),)
 
-#: How tensor parallelism cuts modules (see `tp`): name pattern and "column" or "row". What is not listed is whole.
+#: How tensor parallelism cuts modules (see `tp`): name pattern and kind. What is not listed is whole.
 PLAN: tuple[tuple[str, str], ...] = (
-    (r"vision_model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj", "column"),
-    (r"vision_model\.encoder\.layers\.\d+\.self_attn\.out_proj", "row"),
-    (r"vision_model\.encoder\.layers\.\d+\.mlp\.fc1", "column"),
-    (r"vision_model\.encoder\.layers\.\d+\.mlp\.fc2", "row"),
-    (r"text_model\.layers\.\d+\.self_attn\.[qkv]_proj", "column"),
-    (r"text_model\.layers\.\d+\.self_attn\.o_proj", "row"),
-    (r"text_model\.layers\.\d+\.mlp\.(gate|up)_proj", "column"),
-    (r"text_model\.layers\.\d+\.mlp\.down_proj", "row"),
+    (r"vision_model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj", COLUMN),
+    (r"vision_model\.encoder\.layers\.\d+\.self_attn\.out_proj", ROW),
+    (r"vision_model\.encoder\.layers\.\d+\.mlp\.fc1", COLUMN),
+    (r"vision_model\.encoder\.layers\.\d+\.mlp\.fc2", ROW),
+    (r"text_model\.layers\.\d+\.self_attn\.[qkv]_proj", COLUMN),
+    (r"text_model\.layers\.\d+\.self_attn\.o_proj", ROW),
+    (r"text_model\.layers\.\d+\.mlp\.(gate|up)_proj", COLUMN),
+    (r"text_model\.layers\.\d+\.mlp\.down_proj", ROW),
 )
 
 

@@ -1,0 +1,425 @@
+"""What all documented model classes share: files, dtype and device, embeddings, generation, outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlmqual_impl import weights
+from vlmqual_impl.configs import PretrainedConfig, config_for, read_config, read_json
+from vlmqual_impl.generate import GenerationConfig, Streamer, generate, with_defaults
+from vlmqual_impl.runtime.base import Runtime
+
+ATTENTION = ("eager", "sdpa")
+
+
+@dataclass
+class ModelOutput:
+    """Named results, also reached by position; results that are None have no position and no name in `keys()`."""
+
+    def _present(self) -> dict[str, Any]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The results that are there, in order."""
+        return tuple(self._present().values())
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the results that are there."""
+        return tuple(self._present())
+
+    def values(self) -> tuple[Any, ...]:
+        """The same as `to_tuple`."""
+        return self.to_tuple()
+
+    def items(self) -> ItemsView[str, Any]:
+        """Names and results."""
+        return self._present().items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A result by name."""
+        return self._present().get(name, default)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._present())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._present()
+
+    def __len__(self) -> int:
+        return len(self._present())
+
+
+class PreTrainedModel(nn.Module):
+    """Base of the documented model classes."""
+
+    config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    rename: ClassVar[tuple[tuple[str, str | None], ...]] = ()
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig
+
+    # ------------------------------------------------------------------------------------------------ what it is
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the floating-point parameters."""
+        return next(parameter.dtype for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; shared ones count once."""
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        skip = {id(table) for table in tables} if exclude_embeddings else set()
+        chosen = [p for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)]
+        return sum(parameter.numel() for parameter in chosen)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        raise NotImplementedError(f"{type(self).__name__} has no token embedding")
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The language model head, None where there is none."""
+        return None
+
+    def can_generate(self) -> bool:
+        """True when there is a language model head."""
+        return self.get_output_embeddings() is not None
+
+    def set_attention(self, implementation: str) -> None:
+        """Choose how attention is computed.
+
+        Raises:
+            ValueError: the name is not known.
+        """
+        if implementation not in ATTENTION:
+            raise ValueError(f"attn_implementation {implementation!r} is not offered; valid are {', '.join(ATTENTION)}")
+        self._set_attention(implementation)
+
+    def _set_attention(self, implementation: str) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no attention to choose")
+
+    def runtime(self) -> Runtime:
+        """This model, ready to run.
+
+        Raises:
+            ValueError: there is no language model head.
+        """
+        raise ValueError(f"{type(self).__name__} has no language model head; it cannot generate")
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Random weights: normal with the configuration's deviation, biases 0, norms 1."""
+        deviation = float(getattr(self.config, "text_config", self.config).initializer_range)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+                nn.init.normal_(module.weight, 0.0, deviation)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
+
+    # --------------------------------------------------------------------------------------------------- files
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Self:
+        """A model with random weights; `torch_dtype` or `dtype` and `attn_implementation` as in `from_pretrained`."""
+        chosen = _options(cls.__name__, kwargs)
+        model = cls(config)
+        dtype = _dtype(chosen.get("torch_dtype", chosen.get("dtype")), torch.float32)
+        _attention(model, chosen)
+        return model.to(device=_device(chosen), dtype=dtype)
+
+    _from_config = from_config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: PretrainedConfig | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint: safetensors in one file or in shards, as transformers 4.46 and 5.x write it.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or the id of a hub repository.
+            config: used in place of config.json.
+            torch_dtype: dtype of the parameters, its name, or "auto" for the stored one; float32 by default.
+            dtype: newer name of `torch_dtype`.
+            **kwargs: `device` or `device_map` (a device or "auto"), `attn_implementation` or `_attn_implementation`
+                ("eager", "sdpa"), `revision`, `cache_dir`, `local_files_only`, `token`, `low_cpu_mem_usage`,
+                `use_safetensors` and `trust_remote_code` (the last three are accepted; loading is always so).
+
+        Raises:
+            ConfigError: config.json cannot be read or names another `model_type`.
+            CheckpointError: there is no such checkpoint, or its tensors do not fit.
+            TypeError: an unknown keyword.
+        """
+        chosen = _options(cls.__name__, kwargs)
+        hub = {key: chosen[key] for key in ("revision", "cache_dir", "local_files_only", "token") if key in chosen}
+        directory = weights.locate(pretrained_model_name_or_path, **hub)
+        if config is None:
+            values = read_config(directory)
+            config = cls.config_class.from_dict(values)
+            if weights.ties_head(values, directory) != config.tie_word_embeddings:
+                config = config.replace(tie_word_embeddings=not config.tie_word_embeddings)
+        asked = torch_dtype if torch_dtype is not None else dtype
+        if asked == "auto":
+            asked = config.torch_dtype or weights.stored_dtype(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        weights.load(
+            model,
+            directory,
+            rename=cls.rename,
+            dtype=_dtype(asked, torch.float32),  # IDEFICS3-LM-017
+            device=_device(chosen),
+        )
+        _attention(model, chosen)
+        settings = directory / "generation_config.json"
+        if settings.is_file():
+            model.generation_config = with_defaults(
+                GenerationConfig.from_dict(read_json(settings)), **_token_ids(config)
+            )
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write config.json, generation_config.json and the weights so that transformers 4.46 and 5.x load them.
+
+        Args:
+            save_directory: made when it is missing.
+            max_shard_size: bytes, or a text such as "5GB"; what is larger is split.
+        """
+        directory = Path(save_directory)
+        name = str(self.dtype).removeprefix("torch.")
+        config = self.config.replace(architectures=[type(self).__name__], torch_dtype=name)
+        weights.save(self, directory, max_shard_size)
+        config.save_pretrained(directory)
+        if self.can_generate():
+            text = json.dumps(self.generation_config.to_dict(), indent=2, sort_keys=True)
+            (directory / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+    # ---------------------------------------------------------------------------------------------- vocabulary
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
+        """Change the number of embedding rows, and of the head's; rows that stay keep their values.
+
+        Raises:
+            ValueError: the number is not positive.
+        """
+        table = self.get_input_embeddings()
+        if new_num_tokens is None or new_num_tokens == table.num_embeddings:
+            return table
+        if new_num_tokens < 1:
+            raise ValueError(f"new_num_tokens is {new_num_tokens}; it has to be positive")
+        head = self.get_output_embeddings()
+        shared = head is not None and head.weight is table.weight
+        weight = self._resized(table.weight, new_num_tokens)
+        table.weight, table.num_embeddings = weight, new_num_tokens
+        if head is not None:
+            head.weight = weight if shared else self._resized(head.weight, new_num_tokens)
+            head.out_features = new_num_tokens
+        text = getattr(self.config, "text_config", None)
+        if text is None:
+            self._set_config(self.config.replace(vocab_size=new_num_tokens))
+        else:
+            self._set_config(self.config.replace(text_config=text.replace(vocab_size=new_num_tokens)))
+        return table
+
+    def _set_config(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    @torch.no_grad()
+    def _resized(self, old: Tensor, rows: int) -> nn.Parameter:
+        deviation = float(getattr(self.config, "text_config", self.config).initializer_range)
+        new = torch.empty((rows, old.shape[1]), dtype=old.dtype, device=old.device).normal_(0.0, deviation)
+        kept = min(rows, old.shape[0])
+        new[:kept] = old[:kept]
+        return nn.Parameter(new)
+
+    # ----------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        streamer: Streamer | Callable[[Tensor], object] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue prompts, greedily or by sampling.
+
+        Args:
+            inputs: `input_ids` by position.
+            generation_config: settings in place of generation_config.json's.
+            generator: source of randomness.
+            seed: makes a generator of its own.
+            streamer: object with `put` and `end`, or a function of the (B,) ids of every step.
+            **kwargs: the model's inputs (`input_ids`, `attention_mask`, `pixel_values`, ...) and settings
+                (`max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, ...).
+
+        Returns:
+            (B, S + new) int64: prompt and continuation (IDEFICS3-LM-019).
+
+        Raises:
+            ValueError: an unknown or unoffered setting, or inputs that do not fit.
+        """
+        named = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "pixel_values", "pixel_attention_mask")
+        given = {key: kwargs.pop(key) for key in named if key in kwargs}
+        tensors = {key: value for key, value in given.items() if value is not None}
+        features = kwargs.pop("image_hidden_states", None)
+        if inputs is not None:
+            tensors["input_ids"] = inputs
+        if "input_ids" not in tensors and "inputs_embeds" not in tensors:
+            raise ValueError("generate needs input_ids or inputs_embeds")
+        if features is not None and "pixel_values" in tensors:
+            raise ValueError("pixel_values and image_hidden_states are both given; one of them is enough")
+        settings = (generation_config or self.generation_config).changed(kwargs)
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("seed and generator are both given; one of them is enough")
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        try:
+            return generate(
+                self.runtime(), tensors, settings, features=features, generator=generator, streamer=streamer
+            )
+        finally:
+            self.train(was_training)
+
+
+def default_generation(config: PretrainedConfig) -> GenerationConfig:
+    """Settings of a model that has no generation_config.json: greedy, with the configuration's special ids."""
+    return with_defaults(GenerationConfig(others={"_from_model_config": True}), **_token_ids(config))
+
+
+def _token_ids(config: PretrainedConfig) -> dict[str, Any]:
+    text = getattr(config, "text_config", config)
+    ids = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = config.pad_token_id
+    return ids
+
+
+_KEYWORDS = (
+    "torch_dtype",
+    "dtype",
+    "device",
+    "device_map",
+    "attn_implementation",
+    "_attn_implementation",  # IDEFICS3-CARD-013
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "token",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "trust_remote_code",
+)
+
+
+def _options(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    for key in kwargs:
+        if key not in _KEYWORDS:
+            raise TypeError(f"{name} does not know the keyword {key!r}; it knows {', '.join(_KEYWORDS)}")
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _dtype(value: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if found is None and value is None:
+        return default
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {value!r} is not known; valid are float64, float32, bfloat16, float16")
+    return found
+
+
+def _device(chosen: Mapping[str, Any]) -> torch.device:
+    value = chosen.get("device", chosen.get("device_map", "cpu"))
+    if value == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(value, (str, int, torch.device)):
+        return torch.device(value)
+    raise ValueError(f"device_map {value!r} is not offered; a model stands on one device")
+
+
+def _attention(model: PreTrainedModel, chosen: Mapping[str, Any]) -> None:
+    name = chosen.get("attn_implementation", chosen.get("_attn_implementation"))
+    if name is not None:
+        model.set_attention(name)
+
+
+class AutoConfig:
+    """The configuration class of a checkpoint."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+        """Read config.json; keyword arguments override its values.
+
+        Raises:
+            ConfigError: its `model_type` is unknown.
+        """
+        values = read_config(pretrained_model_name_or_path)
+        return config_for(values | kwargs)
+
+
+class AutoModelForVision2Seq:
+    """The generating model class of a checkpoint (IDEFICS3-LM-016, IDEFICS3-CARD-002)."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+        """Load a checkpoint with the class that its `model_type` names; arguments as there."""
+        from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
+
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "local_files_only", "token")}
+        directory = weights.locate(pretrained_model_name_or_path, **hub)
+        classes: dict[str, type[PreTrainedModel]] = {"idefics3": Idefics3ForConditionalGeneration}
+        kind = config_for(read_config(directory)).model_type
+        return classes[kind].from_pretrained(directory, **kwargs)
+
+
+class AutoProcessor:
+    """The processor class of a checkpoint (IDEFICS3-CARD-001)."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load the processor of a checkpoint; arguments as there.
+
+        Raises:
+            ConfigError: neither config.json nor a processor file names a known family.
+        """
+        from vlmqual_impl.api.idefics3_processing import Idefics3Processor
+
+        directory = Path(pretrained_model_name_or_path)
+        if (directory / "config.json").is_file():
+            config_for(read_config(directory))
+        elif directory.is_dir():
+            names = [directory / name for name in ("processor_config.json", "preprocessor_config.json")]
+            kinds = {str(read_json(path).get("processor_class")) for path in names if path.is_file()}
+            if kinds and "Idefics3Processor" not in kinds:
+                raise ValueError(
+                    f"{directory}: processor_class is {', '.join(sorted(kinds))}; known is Idefics3Processor"
+                )
+        return cast(Any, Idefics3Processor).from_pretrained(pretrained_model_name_or_path, **kwargs)

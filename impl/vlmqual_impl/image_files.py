@@ -1,0 +1,105 @@
+"""Where images come from: files, and URLs for those who ask for them."""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+URL_LIMIT_BYTES = 32 * 2**20
+URL_LIMIT_S = 20.0
+_CHUNK = 2**16
+
+
+class ImageError(ValueError):
+    """An image that cannot be had or read; one sentence that names it."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as the reference's `load_image` does: EXIF orientation applied, then converted to RGB.
+
+    The conversion is PIL's own, so transparency is dropped, not composited (IDEFICS3-FILE-001, IDEFICS3-FILE-002).
+
+    Raises:
+        ImageError: the file is missing, truncated, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"image file {path} does not exist") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image file {path} cannot be read: {_reason(error)}") from error
+
+
+def is_url(value: Any) -> bool:
+    """True for text that begins with http:// or https://."""
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def fetch_image(url: str, *, allow_private: bool = False) -> Image.Image:
+    """Fetch an image over HTTP, at most `URL_LIMIT_BYTES` in `URL_LIMIT_S` seconds for each answer.
+
+    Args:
+        url: http or https.
+        allow_private: also fetch from loopback, link-local and private addresses.
+
+    Raises:
+        ImageError: the address is not allowed, nothing came in time, or what came is no image.
+    """
+    opener = urllib.request.build_opener(_Redirects(allow_private))
+    _check_address(url, allow_private)
+    try:
+        with opener.open(urllib.request.Request(url, headers={"User-Agent": "vlmqual"}), timeout=URL_LIMIT_S) as answer:
+            kind = answer.headers.get_content_type()
+            if not kind.startswith("image/"):
+                raise ImageError(f"{url}: content type {kind} is no image")
+            data = bytearray()
+            while part := answer.read(_CHUNK):
+                data += part
+                if len(data) > URL_LIMIT_BYTES:
+                    raise ImageError(f"{url}: larger than {URL_LIMIT_BYTES} bytes")
+    except (urllib.error.URLError, OSError) as error:
+        raise ImageError(f"{url}: {_reason(error)}") from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{url}: what came is no readable image: {_reason(error)}") from error
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to an address that could have been asked for directly."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_address(newurl, self._allow_private)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_address(url: str, allow_private: bool) -> None:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ImageError(f"{url}: only http and https addresses are fetched")
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+    except OSError as error:
+        raise ImageError(f"{url}: {_reason(error)}") from error
+    for *_, address in found:
+        if not allow_private and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
+            raise ImageError(f"{url}: {address[0]} is not a public address; allow_private_urls=True permits it")
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "reason", None) or error) or type(error).__name__

@@ -1,0 +1,93 @@
+"""Files of a processor: image options, tokenizer, chat template, in the layouts that 4.46 and 5.x write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+IMAGE_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_HUB = ("revision", "cache_dir", "local_files_only", "token")
+_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def located(place: str | Path, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The directory of a checkpoint, or the local copy of a hub id; and the keywords that are not about where it is."""
+    if Path(place).is_dir():
+        return Path(place), {key: value for key, value in kwargs.items() if key not in _HUB}
+    from vlmqual_impl.weights import locate  # brings torch, which a local directory does not need
+
+    hub = {key: value for key, value in kwargs.items() if key in _HUB}
+    return locate(place, patterns=_FILES, **hub), {key: value for key, value in kwargs.items() if key not in _HUB}
+
+
+def image_options(directory: Path) -> dict[str, Any]:
+    """Options of the image processor that is saved in a directory.
+
+    Raises:
+        ValueError: neither layout is there.
+    """
+    if (directory / IMAGE_FILE).is_file():
+        return read_json(directory / IMAGE_FILE)
+    if (directory / PROCESSOR_FILE).is_file():
+        options = read_json(directory / PROCESSOR_FILE).get("image_processor")
+        if isinstance(options, dict):
+            return options
+    raise ValueError(
+        f"{directory}: no image processor is saved here; "
+        f"looked for {IMAGE_FILE} and an image_processor in {PROCESSOR_FILE}"
+    )
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template that is saved in a directory as a file of its own, or None."""
+    for name in TEMPLATE_FILES:
+        path = directory / name
+        if path.is_file():
+            return path.read_text("utf-8") if name.endswith("jinja") else str(read_json(path)["chat_template"])
+    return None
+
+
+def tokenizer(directory: Path) -> Any:
+    """The tokenizer that is saved in a directory.
+
+    Raises:
+        ValueError: it is missing or cannot be read.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no tokenizer is saved here; looked for tokenizer_config.json")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        # Before 5.0 the class that 5.x writes does not exist; what it stands for does.
+        if read_json(path).get("tokenizer_class") == "TokenizersBackend":
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> str:
+    """Write a JSON object to a file; the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return str(path)

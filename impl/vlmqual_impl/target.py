@@ -1,0 +1,444 @@
+"""The bundled implementation as a target and as a library subject. The only module here that knows the contract."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmqual_contract.errors import UsageError
+from vlmqual_contract.target import (
+    Array,
+    Capability,
+    Features,
+    FloatArray,
+    Info,
+    Inputs,
+    IntArray,
+    Model,
+    Options,
+    Prompt,
+    Step,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vlmqual_impl.runtime.base import Sequences
+    from vlmqual_impl.runtime.eager import EagerRuntime
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager")
+
+
+class EagerTarget:
+    """`eager:device=cpu,dtype=float32,threads=2,attention=sdpa`: the bundled model, operation by operation."""
+
+    info: Info
+
+    def __init__(
+        self, device: str = "cpu", dtype: str = "float32", threads: str | int = "", attention: str = "sdpa"
+    ) -> None:
+        """Say how models will be run; nothing is loaded yet.
+
+        Args:
+            device: "cpu", "cuda" or "cuda:N".
+            dtype: compute dtype, one of `DTYPES`.
+            threads: CPU threads of a process, "" for torch's default.
+            attention: "sdpa" leaves attention to torch, "eager" spells its products out.
+
+        Raises:
+            UsageError: a value is not known, or the device is not there.
+        """
+        import torch
+
+        _one_of("dtype", dtype, DTYPES)
+        _one_of("attention", attention, ATTENTION)
+        self._device = checked_device(device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._attention = attention
+        self._threads = _threads(threads)
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        self.info = Info(
+            name="eager",
+            version=_version("vlmqual"),
+            device=str(self._device),
+            runtime=f"torch eager {torch.__version__}",
+            dtype=dtype,
+            capabilities=frozenset(Capability),
+            families=("idefics3",),
+            processes="per-rank",
+            library="vlmqual_impl",
+            software={key: _version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")},
+            driver=name,
+            compiler="",
+        )
+
+    @contextmanager
+    def open(self, model: Model, options: Options) -> Iterator[EagerSession]:
+        """Load a checkpoint, this rank's part of it where `options.tp` is above 1.
+
+        Raises:
+            UsageError: unknown family, a checkpoint that does not fit, heads that do not divide by the ranks (said
+                before weights are read), or no launcher around several ranks.
+        """
+        import torch
+
+        from vlmqual_impl import tp
+        from vlmqual_impl.configs import Idefics3Config, config_for, read_config
+        from vlmqual_impl.models import idefics3
+        from vlmqual_impl.runtime.eager import EagerRuntime
+        from vlmqual_impl.weights import load, locate, ties_head
+
+        if model.family not in self.info.families:
+            raise UsageError(f"family {model.family!r} cannot be opened; known is {', '.join(self.info.families)}")
+        for name in ("tp", "max_length", "batch"):
+            if getattr(options, name) < 1:
+                raise UsageError(f"option {name} is {getattr(options, name)}; it has to be positive")
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        joined = False
+        try:
+            directory = locate(model.path)
+            values = read_config(directory)
+            config = config_for(values)
+            if not isinstance(config, Idefics3Config) or config.model_type != model.family:
+                raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not of {model.family!r}")
+            tp.check(idefics3.divisible(config), options.tp)
+            rank = tp.environment(os.environ, options.tp) if options.tp > 1 else 0
+            config = config.replace(tie_word_embeddings=ties_head(values, directory))
+            with torch.device("meta"):
+                network = idefics3.Idefics3(config)
+            device, cuts = self._device, {}
+            if options.tp > 1:
+                device = self._join(rank)
+                joined = True
+                cuts = tp.shard(network, idefics3.PLAN, rank, options.tp)
+            load(network, directory, rename=idefics3.RENAME, cuts=cuts, dtype=self._dtype, device=device)
+            network.model.implementation = self._attention
+            network.eval()
+        except (ValueError, OSError) as error:
+            _leave(joined)
+            raise UsageError(str(error)) from error
+        try:
+            yield EagerSession(EagerRuntime(network), directory, options)
+        finally:
+            _leave(joined)
+
+    def _join(self, rank: int) -> torch.device:
+        """Meet the other ranks; the device of this one."""
+        import torch
+        import torch.distributed as dist
+
+        if self._device.type != "cuda":
+            dist.init_process_group("gloo", init_method="env://")
+            return self._device
+        index = int(os.environ.get("LOCAL_RANK", rank))
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"rank {rank} wants cuda:{index}; there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(index)
+        dist.init_process_group("nccl", init_method="env://")
+        return torch.device("cuda", index)
+
+    def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
+        """Seconds of one pass of a ceiling probe, the best of several.
+
+        Args:
+            name: "stream" copies n elements (2 n elements of traffic), "gemm" multiplies (m, k) by (k, n),
+                "all-reduce" sums n elements over the ranks of the open session (with one rank: a pass that moves
+                nothing).
+            shape: (n,), (m, n, k), (n,).
+            dtype: one of `DTYPES`.
+
+        Raises:
+            UsageError: the probe, its shape or the dtype is not known.
+        """
+        import torch
+        import torch.distributed as dist
+
+        _one_of("dtype", dtype, DTYPES)
+        _one_of("probe", name, ("stream", "gemm", "all-reduce"))
+        if len(shape) != (3 if name == "gemm" else 1) or min(shape) < 1:
+            raise UsageError(f"probe {name!r} takes {'(m, n, k)' if name == 'gemm' else '(n,)'}, got {shape}")
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        kind: torch.dtype = getattr(torch, dtype)
+        if name == "gemm":
+            m, n, k = shape
+            left = torch.ones((m, k), dtype=kind, device=self._device)
+            right = torch.ones((k, n), dtype=kind, device=self._device)
+            out = torch.empty((m, n), dtype=kind, device=self._device)
+            return self._best(lambda: torch.mm(left, right, out=out))
+        source = torch.ones(shape, dtype=kind, device=self._device)
+        if name == "stream":
+            target = torch.empty_like(source)
+            return self._best(lambda: target.copy_(source))
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return self._best(lambda: dist.all_reduce(source, op=dist.ReduceOp.MAX) if several else None)
+
+    def _best(self, work: Any, repetitions: int = 5) -> float:
+        import torch
+
+        best = float("inf")
+        for _ in range(repetitions + 1):  # the first touches memory and is not better than the others
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            work()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+
+class EagerSession:
+    """An opened model."""
+
+    def __init__(self, runtime: EagerRuntime, directory: Path, options: Options) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._options = options
+        self._processor: Any = None
+
+    def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
+        """Padded tensors of prompts and image files; the shorter rows are padded on the left.
+
+        Raises:
+            UsageError: the checkpoint has no processor, or an image cannot be read.
+        """
+        try:
+            return self._preprocess(prompts)
+        except (ValueError, OSError) as error:
+            raise UsageError(str(error)) from error
+
+    def _preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
+        from vlmqual_impl.image_files import read_image
+
+        if self._processor is None:
+            from vlmqual_impl.api.idefics3_processing import Idefics3Processor
+
+            self._processor = Idefics3Processor.from_pretrained(str(self._directory))
+            self._processor.tokenizer.padding_side = "left"
+        images = [[read_image(path) for path in prompt.images] for prompt in prompts]
+        texts = [prompt.text for prompt in prompts]
+        batch = self._processor(images=images if any(images) else None, text=texts, padding=True, return_tensors="np")
+        return {key: np.asarray(value) for key, value in batch.items()}
+
+    def vision(self, inputs: Inputs) -> Features:
+        """Run the vision tower to the connector's output."""
+        if "pixel_values" not in inputs:
+            raise UsageError("vision needs pixel_values; the inputs are " + ", ".join(inputs))
+        taps: dict[str, Tensor] | None = {} if self._options.taps else None
+        features = self._runtime.encode(_tensors(inputs), taps)
+        return EagerFeatures(features, taps or {})
+
+    def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
+        """Start new sequences; rows may be of unequal length."""
+        import torch
+
+        given: Tensor | None = None
+        if isinstance(features, EagerFeatures):
+            given = features.tensor
+        elif features is not None:
+            arrays = features if isinstance(features, Mapping) else features.arrays()
+            if "image_hidden_states" not in arrays:
+                raise UsageError(f"features have {', '.join(arrays) or 'nothing'}; image_hidden_states is needed")
+            given = torch.as_tensor(np.ascontiguousarray(arrays["image_hidden_states"]))
+        sequences = self._runtime.prefill(
+            _tensors(inputs), given, max_length=self._options.max_length, taps=self._options.taps
+        )
+        return EagerStep(self._runtime, sequences, whole=True)
+
+    def decode(self, step: Step, tokens: IntArray | None = None) -> Step:
+        """One token further: `tokens` (B,) where given, the step's own greedy tokens otherwise."""
+        import torch
+
+        if not isinstance(step, EagerStep):
+            raise UsageError(f"decode continues a step of this session, not a {type(step).__name__}")
+        if tokens is None:
+            chosen = step.greedy()
+        else:
+            vocabulary = self._runtime.model.config.text_config.vocab_size
+            ids = np.asarray(tokens)
+            if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
+                raise UsageError(f"forced tokens {ids.tolist()} leave the vocabulary 0 to {vocabulary - 1}")
+            chosen = torch.as_tensor(ids.astype(np.int64))
+        return EagerStep(self._runtime, self._runtime.decode(step.sequences, chosen, taps=self._options.taps))
+
+    def synchronize(self) -> None:
+        """Return when the device has done everything."""
+        self._runtime.synchronize()
+
+
+class EagerFeatures:
+    """Image features on the device."""
+
+    def __init__(self, tensor: Tensor, taps: Mapping[str, Tensor]) -> None:
+        self.tensor = tensor
+        self._taps = taps
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype on the device."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    def arrays(self) -> Mapping[str, FloatArray]:
+        """image_hidden_states (F, L, D)."""
+        return {"image_hidden_states": widened(self.tensor)}
+
+    def taps(self) -> Mapping[str, FloatArray]:
+        """Hidden states by component name."""
+        return {name: widened(value) for name, value in self._taps.items()}
+
+
+class EagerStep:
+    """Sequences on the device."""
+
+    def __init__(self, runtime: EagerRuntime, sequences: Sequences, whole: bool = False) -> None:
+        self.sequences = sequences
+        self._runtime = runtime
+        self._whole = whole
+        self._greedy: Tensor | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the logits' dtype on the device."""
+        return str(self.sequences.logits.dtype).removeprefix("torch.")
+
+    def greedy(self) -> Tensor:
+        """Greedy next tokens (B,), still on the device."""
+        if self._greedy is None:
+            self._greedy = self.sequences.logits.argmax(-1)
+        return self._greedy
+
+    def tokens(self) -> IntArray:
+        """Greedy next token of every row, (B,)."""
+        found: IntArray = self.greedy().cpu().numpy()
+        return found
+
+    def logits(self, all_positions: bool = False) -> FloatArray:
+        """Logits of the last real position (B, V), of every position (B, S, V) where asked for after a prefill."""
+        if not all_positions:
+            return widened(self.sequences.logits)
+        return widened(self._runtime.head(self.sequences.hidden))
+
+    def taps(self) -> Mapping[str, FloatArray]:
+        """Hidden states by component name, (B, S, D)."""
+        return {name: widened(value) for name, value in self.sequences.taps.items()}
+
+
+class BundledLibrary:
+    """The package `vlmqual_impl` as a library subject."""
+
+    name = "vlmqual_impl"
+
+    def __init__(self) -> None:
+        self.version = _version("vlmqual")
+
+    def resolve(self, name: str) -> Any:
+        """The object called `name` in the package root.
+
+        Raises:
+            AttributeError: there is no such object.
+        """
+        import vlmqual_impl
+
+        return getattr(vlmqual_impl, name)
+
+    def to_array(self, value: Any) -> Array | None:
+        """A tensor as numpy array (bfloat16 widened), None for anything else."""
+        import torch
+
+        return widened(value) if isinstance(value, torch.Tensor) else None
+
+    def from_array(self, array: Array, dtype: str | None = None) -> Any:
+        """A numpy array as tensor, in `dtype` where given.
+
+        Raises:
+            UsageError: torch has no dtype of that name.
+        """
+        import torch
+
+        tensor = torch.as_tensor(np.ascontiguousarray(array))
+        if dtype is None:
+            return tensor
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise UsageError(f"dtype {dtype!r} is no dtype of torch")
+        return tensor.to(kind)
+
+
+def widened(tensor: Tensor) -> Array:
+    """A copy in numpy, types that numpy cannot name as float32."""
+    import torch
+
+    value = tensor.detach().cpu()
+    if value.dtype.is_floating_point and value.dtype not in (torch.float16, torch.float32, torch.float64):
+        value = value.to(torch.float32)
+    array: Array = value.numpy().copy()
+    return array
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    import torch
+
+    return {key: torch.as_tensor(np.ascontiguousarray(value)) for key, value in inputs.items()}
+
+
+def _leave(joined: bool) -> None:
+    import torch.distributed as dist
+
+    if joined and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise UsageError(f"{what} {value!r} is not known; valid are {', '.join(valid)}")
+
+
+def _threads(value: str | int) -> int:
+    if value == "":
+        return 0
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"threads {value!r} is no positive number")
+    return count
+
+
+def checked_device(text: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UsageError: the name is not known, or there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {text!r} is not known; valid are cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {text!r} is not here; there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu" and device.index:
+        raise UsageError(f"device {text!r} is not known; valid are cpu, cuda, cuda:N")
+    return device
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

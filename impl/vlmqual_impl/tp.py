@@ -1,0 +1,130 @@
+"""What a PLAN means: a column module keeps some of its outputs, a row module some of its inputs.
+
+A column module's outputs (whole heads, or feed-forward columns) stay on their rank and feed a row module. A row
+module's products are partial: they are summed over the ranks, and its bias is added once, after the sum. Modules that
+no pattern names are whole on every rank, the language model head among them, so that every rank ends with equal logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+COLUMN = "column"
+ROW = "row"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a stored tensor that a rank keeps: `start` to `stop` along `dim`."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+class RowLinear(nn.Module):
+    """A linear module that sees some of the inputs; sums over the ranks, then adds the bias once."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs of this rank) to (..., outputs), equal on every rank."""
+        total = F.linear(x, self.weight).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total if self.bias is None else total + self.bias
+
+
+def check(counts: Iterable[tuple[str, str, int, str]], ranks: int) -> None:
+    """Refuse a number of ranks that cuts through a head or leaves a remainder.
+
+    Args:
+        counts: configuration, what is counted, the count, and the first module that would be cut.
+        ranks: tensor-parallel size.
+
+    Raises:
+        ValueError: names the module.
+    """
+    if ranks < 1:
+        raise ValueError(f"tensor-parallel size {ranks} is not positive")
+    for part, what, count, module in counts:
+        if count % ranks:
+            raise ValueError(f"{part}: {count} {what} do not divide by {ranks} ranks ({module})")
+
+
+def shard(
+    model: nn.Module,
+    plan: Sequence[tuple[str, str]],
+    rank: int,
+    ranks: int,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Cut]:
+    """Replace a model's modules on the meta device by this rank's parts.
+
+    Args:
+        model: a model that has no weights yet; changed in place.
+        plan: name patterns (matched at the end of a module's name) and `COLUMN` or `ROW`.
+        rank: this rank.
+        ranks: how many there are.
+        group: process group of the sums, None for the default one.
+
+    Returns:
+        Names of parameters to the part of the stored tensor that this rank loads.
+    """
+    cuts: dict[str, Cut] = {}
+    patterns = [(re.compile(rf"(^|\.){pattern}$"), kind) for pattern, kind in plan]
+    for name, module in list(model.named_modules()):
+        kind = next((kind for pattern, kind in patterns if pattern.search(name)), None)
+        if kind is None:
+            continue
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name}: the plan says {kind!r}, but it is a {type(module).__name__}")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], _part(module, name, kind, rank, ranks, group, cuts))
+    return cuts
+
+
+def _part(
+    module: nn.Linear,
+    name: str,
+    kind: str,
+    rank: int,
+    ranks: int,
+    group: dist.ProcessGroup | None,
+    cuts: dict[str, Cut],
+) -> nn.Module:
+    has_bias = module.bias is not None
+    with torch.device(module.weight.device):
+        if kind == COLUMN:
+            size = module.out_features // ranks
+            cuts[f"{name}.weight"] = Cut(0, rank * size, (rank + 1) * size)
+            if has_bias:
+                cuts[f"{name}.bias"] = cuts[f"{name}.weight"]
+            return nn.Linear(module.in_features, size, bias=has_bias)
+        size = module.in_features // ranks
+        cuts[f"{name}.weight"] = Cut(1, rank * size, (rank + 1) * size)
+        return RowLinear(size, module.out_features, has_bias, group)
+
+
+def environment(variables: Mapping[str, str], ranks: int) -> int:
+    """This process's rank, as the launcher put it into the environment.
+
+    Raises:
+        ValueError: a variable is missing, or WORLD_SIZE is not the tensor-parallel size that was asked for.
+    """
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not variables.get(key)]
+    if missing:
+        raise ValueError(f"tensor-parallel size {ranks} needs a launcher that sets {', '.join(missing)}")
+    if int(variables["WORLD_SIZE"]) != ranks:
+        raise ValueError(f"tensor-parallel size {ranks} does not match WORLD_SIZE {variables['WORLD_SIZE']}")
+    return int(variables["RANK"])

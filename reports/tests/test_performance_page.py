@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from vlmqual_reports.load import load
+from vlmqual_reports.performance import blocks
+
+RNG = np.random.default_rng(20270115)
+
+
+def lines(book):
+    run = next(run for run in load([book.folder]).newest if run.header.kind == "perf")
+    return {(line.name.split(",")[0], line.tp): line for block in blocks(run) for line in block.lines}
+
+
+def test_statistics_of_a_phase_are_those_of_its_repetitions(book, make_measurement):
+    values = RNG.uniform(0.01, 0.02, 7)
+    book.write(book.header("perf"), [make_measurement("prefill", [[value] for value in values])])
+    line = lines(book)["prefill", 1]
+    ordered = np.sort(values) * 1e3
+    assert line.median_ms == pytest.approx(ordered[3], rel=1e-12)
+    assert line.min_ms == pytest.approx(ordered[0], rel=1e-12)
+    # Seven values: the 95th percentile lies 0.95 * 6 = 5.7 steps along the ordered values.
+    assert line.p95_ms == pytest.approx(ordered[5] + 0.7 * (ordered[6] - ordered[5]), rel=1e-12)
+    assert (line.count, line.repetitions) == (7, 7)
+    shown = f"{ordered[3]:.2f}"
+    assert shown in book.page().by_id("performance").text, f"the page does not show the median {shown} ms"
+
+
+def test_decode_is_given_by_step_and_by_repetition(book, make_measurement):
+    values = RNG.uniform(0.004, 0.006, (3, 5))
+    values[:, 0] *= 3  # a slow first step tells the two apart
+    book.write(book.header("perf"), [make_measurement("decode", values.tolist(), batch=2)])
+    found = lines(book)
+    itl, tpot = found["decode ITL", 1], found["decode TPOT", 1]
+    assert itl.count == 15
+    assert itl.median_ms == pytest.approx(np.sort(values.ravel())[7] * 1e3, rel=1e-12)
+    assert tpot.count == 3
+    means = np.sort([sum(row) / 5 for row in values.tolist()])
+    assert tpot.median_ms == pytest.approx(means[1] * 1e3, rel=1e-12)
+    assert tpot.tokens_per_s == pytest.approx(2 / means[1], rel=1e-12)
+    assert itl.tokens_per_s is None
+
+
+def test_repetitions_with_different_numbers_of_steps_weigh_by_themselves(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("decode", [[0.001], [0.003, 0.003, 0.003]])])
+    assert lines(book)["decode TPOT", 1].median_ms == pytest.approx(2.0)
+    assert lines(book)["decode ITL", 1].median_ms == pytest.approx(3.0)
+
+
+def test_speedup_is_the_ratio_of_medians_over_one_rank(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("prefill", [[0.030], [0.032], [0.050]]),
+            make_measurement("prefill", [[0.020], [0.016], [0.010]], tp=2),
+        ],
+    )
+    found = lines(book)
+    assert found["prefill", 1].speedup is None
+    assert found["prefill", 2].speedup == pytest.approx(2.0)
+    assert "2.00\N{MULTIPLICATION SIGN}" in book.page().by_id("performance").text
+
+
+def test_no_speedup_is_claimed_without_a_sound_base(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("prefill", [[0.02]], tp=2),
+            make_measurement("vision", [[0.02]], tp=1, state="failed", reason="it crashed"),
+            make_measurement("vision", [[0.01]], tp=2),
+        ],
+    )
+    assert all(line.speedup is None for line in lines(book).values())
+    assert "\N{MULTIPLICATION SIGN}" not in book.page().by_id("performance").text
+
+
+def test_scenarios_batches_and_dtypes_are_never_pooled(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("prefill", [[0.01]]),
+            make_measurement("prefill", [[0.02]], batch=4),
+            make_measurement("prefill", [[0.03]], scenario="two-pages"),
+        ],
+    )
+    run = load([book.folder]).newest[0]
+    found = [(block.scenario, block.batch, block.lines[0].median_ms) for block in blocks(run)]
+    assert found == [("one-photo", 1, 10.0), ("one-photo", 4, 20.0), ("two-pages", 1, 30.0)]
+
+
+def test_a_measurement_that_is_not_steady_is_marked_wherever_it_is_shown(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("prefill", [[0.01], [0.02]], state="not-steady", reason="windows differ by 40 %"),
+            make_measurement("vision", [[0.01], [0.01]]),
+        ],
+    )
+    page = book.page()
+    section = page.by_id("performance")
+    overview = section.all("table")[0].rows()[1]
+    assert "▲ not steady" in overview[3], "the overview shows an unsteady median without its mark"
+    assert "not steady" not in overview[2]
+    detail = next(row for row in section.all("table")[1].rows() if row[0] == "prefill")
+    assert detail[-1] == "▲ not steady windows differ by 40 %"
+    assert "1 not steady" in page.by_id("summary").text
+    assert "▲ not steady: windows differ by 40 %" in book.markdown()
+
+
+def test_a_failed_cell_is_a_result_and_its_figures_are_not(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("prefill", [[0.123456]], state="failed", reason="tokens differ"),
+            make_measurement("vision", [[0.1]]),
+        ],
+    )
+    page = book.page()
+    assert "✗ failed: 1 measurement" in page.by_id("summary").text
+    assert "tokens differ" in page.by_id("performance").text
+    assert "123.5" not in page.by_id("performance").all("table")[0].text, (
+        "the overview shows the figure of a failed cell"
+    )
+
+
+def test_a_cell_without_values_has_no_figures(book, make_measurement):
+    rows = [make_measurement("decode", [], state="failed", reason="it hung"), make_measurement("prefill", [[0.1]])]
+    book.write(book.header("perf"), rows)
+    line = lines(book)["decode ITL", 1]
+    assert (line.median_ms, line.p95_ms, line.count) == (None, None, 0)
+    assert "it hung" in book.page().by_id("performance").text
+
+
+def test_a_run_without_measurements_is_incomplete(book):
+    book.write(book.header("perf"), [])
+    page = book.page()
+    assert "incomplete: no measurement was made" in page.by_id("summary").text
+    assert "No measurement." in page.by_id("performance").text
+
+
+def test_performance_alone_is_measured_and_not_as_required(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("prefill", [[0.1]])])
+    page = book.page()
+    assert page.by_id("summary").all("p", "verdict")[0].text == "● measured; conformance was not run"
+    assert not [node for node in page.walk() if node.attributes.get("id") == "levels"]
+
+
+def test_conformance_alone_has_no_performance_section(book, make_verdict):
+    book.write(book.header(), [make_verdict("a")])
+    page = book.page()
+    assert not [node for node in page.walk() if node.attributes.get("id") == "performance"]
+    assert not page.all("svg")
+
+
+def test_conformance_and_performance_of_one_target_are_one_subject(book, make_verdict, make_measurement):
+    book.write(book.header(), [make_verdict("a")])
+    book.write(book.header("perf"), [make_measurement("prefill", [[0.1]])])
+    cards = book.page().by_id("summary").all("article")
+    assert len(cards) == 1
+    assert cards[0].all("p", "verdict")[0].text == "✓ as required"
+    assert "1 valid" in cards[0].text
+
+
+def test_an_unfinished_performance_run_says_so_beside_its_figures(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("prefill", [[0.1]])], finish=False)
+    page = book.page()
+    assert "Incomplete: it was stopped or is still running after 1 row." in page.by_id("performance").text
+    assert page.by_id("summary").all("p", "verdict")[0].text.startswith("◐ incomplete")
+
+
+def test_every_decode_step_is_a_point_of_the_distribution(book, make_measurement):
+    book.write(
+        book.header("perf"),
+        [
+            make_measurement("decode", [[0.001, 0.002, 0.003], [0.004, 0.005, 0.006]]),
+            make_measurement("decode", [[0.001, 0.002], [0.0025, 0.0031]], tp=2),
+        ],
+    )
+    figure = book.page().by_id("performance").all("figure")[0]
+    assert "Decode steps" in figure.all("figcaption")[0].text
+    uses = [node for node in figure.walk() if node.tag == "use"]
+    markers: dict[str, int] = {}
+    for node in uses:
+        markers[node.attributes["xlink:href"]] = markers.get(node.attributes["xlink:href"], 0) + 1
+    assert {6, 4} <= set(markers.values()), f"6 and 4 steps were measured, the points drawn are {markers}"
+    texts = [node.text for node in figure.all("text")]
+    assert {"TP 1", "TP 2"} <= set(texts)
+
+
+def test_plots_follow_the_data_that_is_there(book, make_measurement):
+    rows = [make_measurement("prefill", [[0.1], [0.11]], shape={"image_tokens": 169})]
+    book.write(book.header("perf"), rows)
+    assert not book.page().all("svg"), "one TP size and one scenario leave nothing to plot"
+    rows.append(make_measurement("prefill", [[0.2]], scenario="two-pages", shape={"image_tokens": 338}))
+    book.write(book.header("perf", started="2027-01-11T00:00:00+00:00"), rows)
+    captions = [node.text for node in book.page().all("figcaption")]
+    assert len(captions) == 1
+    assert captions[0].startswith("Prefill over image tokens")
+    rows.append(make_measurement("prefill", [[0.1]], tp=2, state="noisy", reason="scatter"))
+    book.write(book.header("perf", started="2027-01-12T00:00:00+00:00"), rows)
+    captions = [node.text for node in book.page().all("figcaption")]
+    assert any(text.startswith("prefill: latency over TP sizes") and text.endswith("TP 2 noisy") for text in captions)
+
+
+def test_ids_inside_the_plots_are_unique_in_the_page(book, make_measurement):
+    rows = [
+        make_measurement(phase, [[0.1, 0.2], [0.1, 0.2]] if phase == "decode" else [[0.1]], tp, scenario=name)
+        for name in ("a", "b")
+        for phase in ("prefill", "decode")
+        for tp in (1, 2)
+    ]
+    book.write(book.header("perf"), rows)
+    page = book.page()
+    assert len(page.all("svg")) == 6
+    ids = [node.attributes["id"] for node in page.walk() if "id" in node.attributes]
+    assert len(ids) == len(set(ids)), "two elements of the page share an id"
+    used = re.findall(r"url\(#([^)]+)\)", book.html())
+    assert used
+    assert set(used) <= set(ids), "a plot refers to an id that the page does not have"

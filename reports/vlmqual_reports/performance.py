@@ -1,0 +1,254 @@
+"""Performance: latency tables over TP for each scenario and phase.
+
+Every value in a results file is already the slowest rank's, so ranks are never pooled here. Statistics are over
+repetitions; for decode they are given twice, over all single steps (ITL) and over the mean step of each repetition
+(TPOT). Quantiles interpolate linearly between order statistics. Units: milliseconds in the page, seconds in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from vlmqual_contract.records import Measurement, Run
+
+PHASES = ("load", "compile", "first-call", "preprocess", "vision", "prefill", "ttft", "decode")
+FEW = 20  # below this a 95th percentile is little more than the largest value
+
+_NAMES = {
+    "load": "load checkpoint",
+    "compile": "compile",
+    "first-call": "first call",
+    "preprocess": "preprocess",
+    "vision": "vision",
+    "prefill": "prefill",
+    "ttft": "TTFT, request to first token",
+}
+_ITL = "decode ITL, every step"
+_TPOT = "decode TPOT, mean step of a repetition"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a latency table.
+
+    Attributes:
+        phase: name of the phase as in the file.
+        name: for readers.
+        tp: tensor-parallel size.
+        median_ms: median, None without values.
+        min_ms: smallest value.
+        p95_ms: 95th percentile.
+        count: how many values the statistics are over.
+        repetitions: how many repetitions were counted.
+        speedup: median at TP=1 divided by this median; None at TP=1, without a TP=1 cell, or when either failed.
+        tokens_per_s: batch divided by the median time per output token; TPOT only.
+        state: the measurement's verdict on itself.
+        reason: one sentence for anything but valid.
+    """
+
+    phase: str
+    name: str
+    tp: int
+    median_ms: float | None
+    min_ms: float | None
+    p95_ms: float | None
+    count: int
+    repetitions: int
+    speedup: float | None
+    tokens_per_s: float | None
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A scenario of one run: what was fed, the latency table, the raw cells.
+
+    Attributes:
+        scenario: its id.
+        family: `model_type`.
+        batch: rows.
+        dtype: declared compute dtype.
+        shape: images, tiles, tokens and so on, where all phases agree.
+        lines: the table, by phase and TP.
+        cells: the measurements behind it, in the same order.
+    """
+
+    scenario: str
+    family: str
+    batch: int
+    dtype: str
+    shape: Mapping[str, int]
+    lines: tuple[Line, ...]
+    cells: tuple[Measurement, ...]
+
+    def values_ms(self, phase: str) -> dict[int, list[float]]:
+        """TP sizes to all values of a phase in milliseconds, cells that failed left out."""
+        found: dict[int, list[float]] = {}
+        for cell in self.cells:
+            values = [value * 1e3 for repetition in cell.values_s for value in repetition]
+            if cell.phase == phase and cell.state != "failed" and values:
+                found.setdefault(cell.tp, []).extend(values)
+        return dict(sorted(found.items()))
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that were tried, in order of a request."""
+        return tuple(dict.fromkeys(cell.phase for cell in self.cells))
+
+    @property
+    def tables(self) -> tuple[tuple[str, tuple[Line, ...]], ...]:
+        """The lines under their names, in order."""
+        grouped: dict[str, list[Line]] = {}
+        for line in self.lines:
+            grouped.setdefault(line.name, []).append(line)
+        return tuple((name, tuple(lines)) for name, lines in grouped.items())
+
+    @property
+    def states(self) -> dict[str, int]:
+        """Number of measurements of each state that occurs, worst first."""
+        return _states(self.cells)
+
+
+@dataclass(frozen=True)
+class Brief:
+    """One TP size of a scenario in a single line: phases to the table rows whose medians stand for them."""
+
+    block: Block
+    tp: int
+    lines: Mapping[str, Line]
+
+
+def briefs(found: Sequence[Block]) -> list[Brief]:
+    """One line for each scenario and TP size; TPOT stands for decode."""
+    lines = []
+    for block in found:
+        for tp in sorted({line.tp for line in block.lines}):
+            # TPOT comes after ITL, so it is the one that stays.
+            lines.append(Brief(block, tp, {line.phase: line for line in block.lines if line.tp == tp}))
+    return lines
+
+
+def phases(found: Sequence[Block]) -> list[str]:
+    """The phases that occur, in order of a request."""
+    present = {phase for block in found for phase in block.phases}
+    return [phase for phase in PHASES if phase in present] + sorted(present - set(PHASES))
+
+
+def frame(measurements: Iterable[Measurement]) -> pd.DataFrame:
+    """One row for every raw value: case, phase, repetition, step, seconds."""
+    rows = [
+        (cell.case, cell.phase, number, step, value)
+        for cell in measurements
+        for number, repetition in enumerate(cell.values_s)
+        for step, value in enumerate(repetition)
+    ]
+    return pd.DataFrame(rows, columns=["case", "phase", "repetition", "step", "seconds"])
+
+
+def blocks(run: Run) -> list[Block]:
+    """The scenarios of a performance run, in the order of the file."""
+    grouped: dict[tuple[str, str, int, str], list[Measurement]] = {}
+    for cell in run.measurements:
+        grouped.setdefault((cell.scenario, cell.family, cell.batch, cell.dtype), []).append(cell)
+    return [
+        Block(scenario, family, batch, dtype, _shape(cells), tuple(_lines(cells)), tuple(sorted(cells, key=_order)))
+        for (scenario, family, batch, dtype), cells in grouped.items()
+    ]
+
+
+def states(run: Run) -> dict[str, int]:
+    """Number of measurements of each state that occurs."""
+    return _states(run.measurements)
+
+
+def prefill_by_image_tokens(found: Sequence[Block]) -> dict[int, list[tuple[int, list[float]]]]:
+    """TP sizes to (image tokens, prefill values in ms) over all scenarios of batch 1, by number of image tokens."""
+    points: dict[int, list[tuple[int, list[float]]]] = {}
+    for block in found:
+        tokens = block.shape.get("image_tokens")
+        if tokens is None or block.batch != 1:
+            continue
+        for tp, values in block.values_ms("prefill").items():
+            points.setdefault(tp, []).append((int(tokens), values))
+    return {tp: sorted(points[tp]) for tp in sorted(points)}
+
+
+def _states(cells: Iterable[Measurement]) -> dict[str, int]:
+    found = dict.fromkeys(("failed", "not-steady", "noisy", "valid"), 0)
+    for cell in cells:
+        found[cell.state] += 1
+    return {state: number for state, number in found.items() if number}
+
+
+def _order(cell: Measurement) -> tuple[int, str, int]:
+    return (PHASES.index(cell.phase) if cell.phase in PHASES else len(PHASES), cell.phase, cell.tp)
+
+
+def _shape(cells: Sequence[Measurement]) -> dict[str, int]:
+    seen: dict[str, set[int]] = {}
+    for cell in cells:
+        for key, value in cell.shape.items():
+            if isinstance(value, (int, float)):
+                seen.setdefault(str(key), set()).add(value)
+    return {key: next(iter(values)) for key, values in seen.items() if len(values) == 1}
+
+
+def _lines(cells: Sequence[Measurement]) -> list[Line]:
+    data = frame(cells)
+    steps = {str(case): group["seconds"] for case, group in data.groupby("case", sort=False)}
+    means = {
+        str(case): group.groupby("repetition")["seconds"].mean() for case, group in data.groupby("case", sort=False)
+    }
+    ordered = sorted(cells, key=_order)
+    lines = []
+    for phase in dict.fromkeys(cell.phase for cell in ordered):
+        same = [cell for cell in ordered if cell.phase == phase]
+        if phase == "decode":
+            lines += [_line(cell, same, steps, _ITL) for cell in same]
+            lines += [_line(cell, same, means, _TPOT, rate=True) for cell in same]
+        else:
+            lines += [_line(cell, same, steps, _NAMES.get(phase, phase)) for cell in same]
+    return lines
+
+
+def _line(
+    cell: Measurement,
+    same: Sequence[Measurement],
+    series: Mapping[str, pd.Series[float]],
+    name: str,
+    rate: bool = False,
+) -> Line:
+    seconds = series.get(cell.case)
+    median = None if seconds is None else float(seconds.median())
+    return Line(
+        phase=cell.phase,
+        name=name,
+        tp=cell.tp,
+        median_ms=_ms(median),
+        min_ms=None if seconds is None else _ms(float(seconds.min())),
+        p95_ms=None if seconds is None else _ms(float(seconds.quantile(0.95))),
+        count=0 if seconds is None else len(seconds),
+        repetitions=len(cell.values_s),
+        speedup=_speedup(cell, median, same, series),
+        tokens_per_s=cell.batch / median if rate and median and cell.state != "failed" else None,
+        state=cell.state,
+        reason=cell.reason,
+    )
+
+
+def _speedup(
+    cell: Measurement, median: float | None, same: Sequence[Measurement], series: Mapping[str, pd.Series[float]]
+) -> float | None:
+    base = [other for other in same if other.tp == 1]
+    if cell.tp == 1 or len(base) != 1 or "failed" in (cell.state, base[0].state) or not median:
+        return None
+    seconds = series.get(base[0].case)
+    return None if seconds is None else float(seconds.median()) / median
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
