@@ -13,7 +13,8 @@ import pytest
 
 from vlmqual_adapters.recipes import TINY
 from vlmqual_adapters.transformers_library import TransformersLibrary
-from vlmqual_adapters.transformers_target import TransformersSession, TransformersTarget
+from vlmqual_adapters.transformers_session import TransformersSession
+from vlmqual_adapters.transformers_target import TransformersTarget
 from vlmqual_contract import fixtures
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.target import Capability, Model, Options, Prompt, Session

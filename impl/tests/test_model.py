@@ -129,6 +129,7 @@ def test_every_hidden_state_equals_transformers_in_float64(
 
 
 def assert_close(mine: Tensor, other: Tensor, name: str, limit: float = 1e-12) -> None:
+    mine, other = mine.detach(), other.detach()
     error = float((mine - other).abs().max() / other.abs().max())
     assert error < limit, f"{name} differs by {error:.2e} of its largest value, the limit is {limit:.0e}"
 

@@ -32,7 +32,8 @@ from vlmqual_adapters import inventory, pixels, prompts
 from vlmqual_adapters.cases import CASES, STEPS, Case, Maker, Tensors
 from vlmqual_adapters.ledger import DOCUMENTED, STAND_IN, Ledger
 from vlmqual_adapters.recipes import SEED, TINY
-from vlmqual_adapters.transformers_target import DTYPES, TransformersSession
+from vlmqual_adapters.transformers_session import TransformersSession
+from vlmqual_adapters.transformers_target import DTYPES
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
 from vlmqual_contract.target import Array, FloatArray, IntArray
 

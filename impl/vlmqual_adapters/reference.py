@@ -22,7 +22,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmqual_adapters.transformers_target import TransformersSession, TransformersTarget
+from vlmqual_adapters.transformers_session import TransformersSession
+from vlmqual_adapters.transformers_target import TransformersTarget
 from vlmqual_contract.target import Model, Options
 
 _LESSER = (torch.float32, torch.bfloat16, torch.float16)

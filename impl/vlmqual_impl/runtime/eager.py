@@ -120,8 +120,8 @@ class EagerRuntime:
         rows = sequences.cache.batch
         if tuple(tokens.shape) != (rows,):
             raise ValueError(f"tokens are {tuple(tokens.shape)}; one for each of the {rows} rows is needed")
-        sequences.cache.require(1)
         sequences.take()
+        sequences.cache.require(1)
         kept: dict[str, Tensor] | None = {} if taps else None
         cache, valid = sequences.cache, sequences.valid
         hidden = idefics3.decode(
