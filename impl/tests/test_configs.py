@@ -46,7 +46,12 @@ LAYOUT_4 = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.46.3",
-    "vision_config": {"hidden_size": 16, "num_attention_heads": 4, "model_type": "idefics3", "tie_word_embeddings": True},
+    "vision_config": {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "model_type": "idefics3",
+        "tie_word_embeddings": True,
+    },
 }
 LAYOUT_5 = {
     "_pad_token_id": 9,
@@ -177,7 +182,9 @@ def test_what_does_not_fit_is_refused_by_name(make: Any, words: list[str]) -> No
         assert word in str(caught.value), f"the message does not say {word!r}: {caught.value}"
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not a JSON file"), ("[]", "expected an object"), (None, "no config")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not a JSON file"), ("[]", "expected an object"), (None, "no config")]
+)
 def test_a_damaged_or_missing_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)

@@ -108,7 +108,10 @@ def test_every_hidden_state_equals_transformers_in_float64(
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         theirs = reference(
-            **inputs, position_ids=positions(inputs["attention_mask"]), output_hidden_states=True, output_attentions=True
+            **inputs,
+            position_ids=positions(inputs["attention_mask"]),
+            output_hidden_states=True,
+            output_attentions=True,
         )
     runtime = EagerRuntime(model)
     step = runtime.prefill(inputs, max_length=24, taps=True)
@@ -121,9 +124,7 @@ def test_every_hidden_state_equals_transformers_in_float64(
         weights: list[Tensor] = []
         features = runtime.encode(inputs)
         embeddings = runtime.embed(inputs, features)
-        idefics3.prefill(
-            model.model, embeddings, positions(inputs["attention_mask"]), real, None, attentions=weights
-        )
+        idefics3.prefill(model.model, embeddings, positions(inputs["attention_mask"]), real, None, attentions=weights)
         for index, (mine, other) in enumerate(zip(weights, theirs.attentions, strict=True)):
             assert_close(mine.transpose(1, 2)[real], other.transpose(1, 2)[real], f"attentions of layer {index}")
 
@@ -162,7 +163,9 @@ def test_prefill_and_decode_of_a_padded_batch_equal_every_row_alone(implementati
         alone: dict[str, Tensor] = {"input_ids": inputs["input_ids"][row : row + 1, kept]}
         if frames[row]:
             alone["pixel_values"] = torch.stack([inputs["pixel_values"][at] for at in frames[row]])[None]
-            alone["pixel_attention_mask"] = torch.stack([inputs["pixel_attention_mask"][at] for at in frames[row]])[None]
+            alone["pixel_attention_mask"] = torch.stack([inputs["pixel_attention_mask"][at] for at in frames[row]])[
+                None
+            ]
         single = runtime.prefill(alone, max_length=24)
         assert_close(together[0][row], single.logits[0], f"prefill of row {row}")
         for index in range(3):

@@ -9,7 +9,7 @@ Legend of shapes: B samples, N frames of a sample, H and W sides of a frame, C c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +41,11 @@ def picture(value: Any, input_format: str | None = None) -> Image.Image:
         ValueError: the shape, the range of values or the format is none of these.
         TypeError: it is no image at all.
     """
+    if input_format is not None and input_format not in FORMATS:  # IDEFICS3-IMG-050
+        raise ValueError(f"input_data_format {input_format!r} is unknown; valid are {', '.join(FORMATS)}")
     if isinstance(value, Image.Image):
+        if 0 in value.size:
+            raise ValueError(f"an image of {value.width} x {value.height} has no pixels")
         return value
     array = pixels(value)
     if array.ndim == 3:
@@ -66,7 +70,8 @@ def pixels(value: Any) -> Array:
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor, without importing torch
-        array: Array = value.detach().cpu().numpy()
+        tensor = value.detach().cpu()
+        array: Array = (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
         return array
     raise TypeError(f"{type(value).__name__} is no image; valid are PIL images, numpy arrays and torch tensors")
 
@@ -75,11 +80,9 @@ def channel_format(array: Array, input_format: str | None = None) -> str:
     """Where the channels of a (.., .., ..) array stand.
 
     Raises:
-        ValueError: the format is unknown, or cannot be inferred.
+        ValueError: it is not given and cannot be inferred.
     """
     if input_format is not None:
-        if input_format not in FORMATS:  # IDEFICS3-IMG-050
-            raise ValueError(f"input_data_format {input_format!r} is unknown; valid are {', '.join(FORMATS)}")
         return str(getattr(input_format, "value", input_format))
     if array.shape[0] in CHANNELS:
         return "channels_first"
@@ -92,8 +95,12 @@ def _as_bytes(array: Array) -> npt.NDArray[np.uint8]:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
-        return array.astype(np.uint8) * np.uint8(255)
+        return array.astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"an image array holds numbers, not {array.dtype}")
     low, high = float(array.min()), float(array.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("the image array has values that are not finite")
     if np.allclose(array, array.astype(int)):
         if low < 0 or high > 255:
             raise ValueError(f"image values go from {low:g} to {high:g}; whole numbers have to lie in 0..255")
@@ -155,7 +162,7 @@ def tile_multiple_size(size: Size, tile: int) -> Size:
     else:
         height = _up(height, tile)
         width = _up(int(height * ratio), tile)
-    return height, width
+    return max(height, tile), max(width, tile)  # 49 * (1 / 49) is less than 1
 
 
 def _up(length: int, tile: int) -> int:
@@ -207,22 +214,24 @@ def rescale(array: Array, factor: float) -> Array:
     return (array.astype(np.float64) * factor).astype(np.float32)
 
 
-def normalize(array: Array, mean: float | Sequence[float], std: float | Sequence[float]) -> Array:
+def normalize(array: Array, mean: float | Iterable[float], std: float | Iterable[float]) -> Array:
     """(value - mean) / std for each channel of (H, W, C), in float32 (IDEFICS3-IMG-028, IDEFICS3-IMG-031).
 
     Raises:
-        ValueError: mean or std have another number of values than the image has channels.
+        ValueError: mean or std have another number of values than the image has channels, or std is 0.
     """
     floats = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float32)
     channels = floats.shape[-1]
     shift = _per_channel("image_mean", mean, channels, floats.dtype)
     scale = _per_channel("image_std", std, channels, floats.dtype)
+    if not scale.all():
+        raise ValueError(f"image_std {std!r} has a 0; pixels are divided by it")
     result: Array = (floats - shift) / scale
     return result
 
 
-def _per_channel(name: str, value: float | Sequence[float], channels: int, dtype: np.dtype[Any]) -> Array:
-    values = list(value) if isinstance(value, Sequence) else [value] * channels
+def _per_channel(name: str, value: float | Iterable[float], channels: int, dtype: np.dtype[Any]) -> Array:
+    values = list(value) if isinstance(value, Iterable) else [value] * channels
     if len(values) != channels:
         raise ValueError(f"{name} has {len(values)} values for an image of {channels} channels")
     return np.array(values, dtype=dtype)

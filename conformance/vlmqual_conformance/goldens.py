@@ -1,0 +1,169 @@
+"""Reading goldens: inputs, gold in float64, and the noise of honest implementations. The names stand in the maker's
+record, `meta`, and in the manifest.
+
+Legend of shapes: B rows, S positions, F real frames, L image tokens of a frame, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+from vlmqual_contract import fixtures
+from vlmqual_contract.errors import UsageError
+from vlmqual_contract.target import Array, Capability, FloatArray, IntArray
+
+PIXELS = ("pixel_values", "pixel_attention_mask")
+TEXT = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden file, read when it is needed.
+
+    Attributes:
+        family: `model_type`.
+        name: of the case.
+        names: names of all arrays.
+    """
+
+    family: str
+    name: str
+    names: frozenset[str]
+    _memory: dict[str, Array] = field(default_factory=dict, compare=False, repr=False)
+
+    def array(self, name: str) -> Array:
+        """An array by its name in the file, read-only.
+
+        Raises:
+            UsageError: the file does not hold it.
+        """
+        if name not in self._memory:
+            if name not in self.names:
+                raise UsageError(f"golden {self.name} does not hold {name}")
+            with np.load(fixtures.file(f"goldens/{self.family}/{self.name}.npz")) as file:
+                array: Array = file[name]
+            array.flags.writeable = False
+            self._memory[name] = array
+        return self._memory[name]
+
+    def noise(self, tensor: str, dtype: str) -> float:
+        """Worst error of the honest arms in a dtype, for one tensor.
+
+        Raises:
+            UsageError: no arm ran in that dtype, or not over that tensor.
+        """
+        return float(self.array(f"noise/{dtype}/{tensor}"))
+
+    def has(self, prefix: str) -> bool:
+        """True when the file holds arrays of this name or below it."""
+        return any(name == prefix or name.startswith(f"{prefix}/") for name in self.names)
+
+    def components(self, prefix: str) -> list[str]:
+        """Component names of the taps stored under `taps/vision` or `taps/prefill`."""
+        return sorted(name.removeprefix(f"{prefix}/") for name in self.names if name.startswith(f"{prefix}/"))
+
+    @cached_property
+    def meta(self) -> Mapping[str, Any]:
+        """How the case was made: title, checkpoint, rows of text and images, padding side."""
+        meta: dict[str, Any] = json.loads(str(self.array("meta")))
+        return meta
+
+    @property
+    def text(self) -> dict[str, Array]:
+        """The tensors that prefill needs beside image features: input_ids and attention_mask, (B, S) int64."""
+        return {name: self.array(f"inputs/{name}") for name in TEXT}
+
+    @property
+    def pixels(self) -> dict[str, Array]:
+        """pixel_values (B, N, 3, H, W) and pixel_attention_mask (B, N, H, W); empty without images."""
+        return {name: self.array(f"inputs/{name}") for name in PIXELS if f"inputs/{name}" in self.names}
+
+    @property
+    def features(self) -> dict[str, Array] | None:
+        """Gold image features (F, L, D) to be injected, None without images."""
+        if not self.has_images:
+            return None
+        return {"image_hidden_states": self.array("features/image_hidden_states")}
+
+    @property
+    def mask(self) -> IntArray:
+        """attention_mask (B, S)."""
+        return self.array("inputs/attention_mask")
+
+    @property
+    def has_images(self) -> bool:
+        """True when the case has image features."""
+        return "features/image_hidden_states" in self.names
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.mask.shape[0])
+
+    @property
+    def tokens(self) -> IntArray:
+        """Greedy tokens of gold, (steps, B): token t is fed in step t."""
+        return self.array("decode/tokens")
+
+    @property
+    def logits(self) -> FloatArray:
+        """Gold's logits of the prompt's end and after every step, (1 + steps, B, V)."""
+        return np.concatenate([self.array("prefill/logits")[None], self.array("decode/logits")])
+
+    def needs(self) -> frozenset[Capability]:
+        """Capabilities that a target needs to be given these inputs, with image features injected."""
+        found = set()
+        if self.rows > 1:
+            found.add(Capability.BATCH)
+        if not (self.mask != 0).all():
+            found.add(Capability.PADDING)
+        if self.has_images:
+            found.add(Capability.VISION)
+        return frozenset(found)
+
+    def pixel_needs(self) -> frozenset[Capability]:
+        """Capabilities that a target needs to be given the pixels: honouring a mask that hides part of a frame."""
+        if "pixel_attention_mask" not in self.pixels:
+            return frozenset()
+        frames = self.pixels["pixel_attention_mask"].any(axis=(2, 3))
+        partial = frames & ~self.pixels["pixel_attention_mask"].all(axis=(2, 3))
+        return frozenset({Capability.PIXEL_MASK}) if partial.any() else frozenset()
+
+
+@cache
+def golden(family: str, name: str) -> Golden:
+    """The golden of this name.
+
+    Raises:
+        UsageError: there is none, or its file is damaged.
+    """
+    with np.load(fixtures.file(f"goldens/{family}/{name}.npz")) as file:
+        return Golden(family, name, frozenset(file.files))
+
+
+@cache
+def goldens(family: str) -> tuple[Golden, ...]:
+    """All goldens of a family, by name."""
+    prefix = f"goldens/{family}/"
+    names = [name.removeprefix(prefix) for name in fixtures.names(prefix)]
+    return tuple(golden(family, name.removesuffix(".npz")) for name in names if name.endswith(".npz"))
+
+
+@cache
+def entries(family: str, name: str) -> dict[str, dict[str, Any]]:
+    """The entries of `pixels.json` or `prompts.json`, by key."""
+    text = fixtures.file(f"goldens/{family}/{name}.json").read_text("utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)["entries"]
+    return found
+
+
+def makers(family: str) -> dict[str, str]:
+    """Packages to versions that the family's goldens were made with, from the manifest."""
+    made = fixtures.manifest().get("made", {}).get(f"goldens-{family}", {})
+    return dict(text.partition(" ")[::2] for text in made.get("software", ()))

@@ -1,0 +1,184 @@
+"""The comparison policy: how far a target may be from gold, and what is said when it is farther.
+
+Nothing here is a chosen tolerance. Every golden tensor comes with the error of several honest implementations in the
+target's compute dtype against gold (float64); the budget is `FACTOR` times the worst of them. An error is divided by
+its budget, so 1.0 is on the limit whatever the tensor and the dtype.
+
+error(x, gold) = max over vectors v of |x_v - gold_v| / rms over vectors of |gold_v|, vectors along the last axis,
+positions of padding left out. One bad vector among many is seen, and a vector near zero is not blown up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmqual_contract.target import Array, FloatArray
+
+FACTOR = 2.0
+#: Compute dtypes that goldens hold the noise of; the first two are exact enough to demand equal greedy tokens.
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+EXACT = DTYPES[:2]
+
+
+class BadAnswer(Exception):
+    """What came back is no answer: a wrong shape, a wrong kind of number, NaN or infinity. Leads to `error`."""
+
+
+def checked(name: str, value: Array, shape: Sequence[int], mask: Array | None = None) -> FloatArray:
+    """The value as float64, when it is an answer at all.
+
+    Args:
+        name: what it is called in messages.
+        value: what the target gave.
+        shape: the shape that it has to have.
+        mask: (B, S), 1 where a position counts; the value is (B, S, D).
+
+    Raises:
+        BadAnswer: another shape, no floating-point numbers, or numbers that are not finite where they count.
+    """
+    if tuple(value.shape) != tuple(shape):
+        raise BadAnswer(f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}")
+    if value.dtype.kind != "f":
+        raise BadAnswer(f"{name} is {value.dtype}, not floating point")
+    wide = value.astype(np.float64)
+    seen = wide if mask is None else wide[mask != 0]
+    if not np.isfinite(seen).all():
+        kind = "NaN" if np.isnan(seen).any() else "infinity"
+        raise BadAnswer(f"{name} holds {kind} in {int((~np.isfinite(seen)).sum())} of {seen.size} places")
+    return wide
+
+
+def length(gold: FloatArray, mask: Array | None = None) -> float:
+    """Root mean square of the Euclidean lengths of gold's vectors."""
+    lengths = np.linalg.norm(gold.astype(np.float64), axis=-1)
+    if mask is not None:
+        lengths = lengths[mask != 0]
+    return float(np.sqrt(np.mean(lengths**2)))
+
+
+def error(value: FloatArray, gold: FloatArray, mask: Array | None = None, scale: float | None = None) -> float:
+    """The largest distance of a vector from gold's, relative to the usual length of gold's vectors.
+
+    Args:
+        value: (..., D).
+        gold: the same shape.
+        mask: for (B, S, D): 1 where a position counts.
+        scale: length to be relative to; gold's own where None.
+    """
+    away = np.linalg.norm(value.astype(np.float64) - gold.astype(np.float64), axis=-1)
+    if mask is not None:
+        away = away[mask != 0]
+    return float(away.max()) / (length(gold, mask) if scale is None else scale)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: `ratio` is error divided by budget."""
+
+    component: str
+    error: float
+    budget: float
+
+    @property
+    def ratio(self) -> float:
+        """1.0 is on the limit."""
+        return self.error / self.budget
+
+
+def data_order(component: str) -> tuple[int, tuple[int, ...], str]:
+    """Sort key that puts components in the order in which data passes them."""
+    stages = (
+        "vision.embeddings",
+        "vision.layers.",
+        "vision.",
+        "connector",
+        "features/",
+        "text.embeddings",
+        "text.layers.",
+        "text.",
+        "prefill/",
+        "decode/",
+    )
+    stage = next((index for index, start in enumerate(stages) if component.startswith(start)), len(stages))
+    return stage, tuple(int(number) for number in re.findall(r"\d+", component)), component
+
+
+@dataclass
+class Judge:
+    """Collects the comparisons of one case and gives the verdict on them.
+
+    Attributes:
+        dtype: the target's declared compute dtype, which set the budgets.
+        findings: comparisons in the order in which they were made.
+    """
+
+    dtype: str
+    findings: list[Finding] = field(default_factory=list)
+
+    def compare(
+        self,
+        component: str,
+        value: Array,
+        gold: FloatArray,
+        noise: float,
+        mask: Array | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Compare with gold; the budget is `FACTOR` times `noise`.
+
+        Raises:
+            BadAnswer: see `checked`.
+        """
+        wide = checked(component, value, gold.shape, mask)
+        self.findings.append(Finding(component, error(wide, gold, mask, scale), FACTOR * noise))
+
+    def same(
+        self,
+        component: str,
+        one: Array,
+        other: Array,
+        noises: tuple[float, float],
+        mask: Array | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Compare two answers of the target that should be the same; the budget is the sum of both sides' budgets.
+
+        Raises:
+            BadAnswer: see `checked`.
+        """
+        right = checked(component, other, other.shape, mask)
+        left = checked(component, one, other.shape, mask)
+        self.findings.append(Finding(component, error(left, right, mask, scale), FACTOR * sum(noises)))
+
+    @property
+    def worst(self) -> Finding | None:
+        """The comparison nearest to its limit or farthest beyond it."""
+        return max(self.findings, key=lambda finding: finding.ratio, default=None)
+
+    @property
+    def first_out(self) -> Finding | None:
+        """The first component in data order that left its budget."""
+        out = [finding for finding in self.findings if finding.ratio > 1.0]
+        return min(out, key=lambda finding: data_order(finding.component), default=None)
+
+    def verdict(self) -> None:
+        """Raise when a comparison left its budget.
+
+        Raises:
+            AssertionError: names the first component that did, and the worst.
+        """
+        assert self.findings, "the case compared nothing"
+        first, worst = self.first_out, self.worst
+        if first is None or worst is None:
+            return
+        sentence = (
+            f"{first.component} is {first.ratio:.3g} times its budget "
+            f"(error {first.error:.3g}, budget {first.budget:.3g} in {self.dtype})"
+        )
+        if worst != first:
+            sentence += f"; farthest out is {worst.component}, {worst.ratio:.3g} times"
+        raise AssertionError(sentence)

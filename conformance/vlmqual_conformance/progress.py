@@ -1,0 +1,112 @@
+"""What a run says while it goes on and when it ends. On a terminal a bar, otherwise a line for each level."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from vlmqual_contract.records import Outcome, Verdict
+from vlmqual_contract.requirement import LEVELS
+
+_SHOWN = 20
+_COLUMNS = (
+    (Outcome.PASS, "pass"),
+    (Outcome.FAIL, "fail"),
+    (Outcome.ERROR, "error"),
+    (Outcome.EXPECTED_FAIL, "expected"),
+    (Outcome.NOT_APPLICABLE, "n/a"),
+)
+
+
+class Reporter:
+    """Shows the progress of one subject.
+
+    Attributes:
+        width: columns of a line.
+    """
+
+    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._total = total
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._level = ""
+        self._rows: list[Verdict] = []
+        self._bad = 0
+        self.width = 80
+        if self._stream.isatty():
+            console = Console(file=self._stream)
+            self.width = console.width
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=total)
+        self._say(title)
+
+    def starting(self, level: str) -> None:
+        """A case of this level begins."""
+        if self._bar is not None and self._task is not None:
+            bad = f", {self._bad} not as required" if self._bad else ""
+            self._bar.update(self._task, description=f"{level}{bad}")
+        elif level != self._level:
+            self._flush()
+        self._level = level
+
+    def ended(self, verdict: Verdict) -> None:
+        """A case came to its verdict."""
+        self._bad += verdict.outcome in (Outcome.FAIL, Outcome.ERROR)
+        self._rows.append(verdict)
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        else:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows and self._level:
+            seconds = sum(row.seconds for row in self._rows)
+            self._say(f"  {self._level:<12}{counted(self._rows)} ({seconds:.1f} s)")
+        self._rows = []
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def counted(rows: Iterable[Verdict]) -> str:
+    """Outcomes that occur, as words."""
+    counts = Counter(row.outcome for row in rows)
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome, _ in _COLUMNS if counts[outcome]) or "nothing"
+
+
+def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
+    """A table of levels and outcomes, then every case that is not as required."""
+    lines = ["  " + f"{'level':<12}" + "".join(f"{word:>9}" for _, word in _COLUMNS) + f"{'worst':>9}"]
+    for level in [*LEVELS, *sorted({row.level for row in verdicts} - set(LEVELS))]:
+        rows = [row for row in verdicts if row.level == level]
+        if not rows:
+            continue
+        counts = Counter(row.outcome for row in rows)
+        cells = "".join(f"{counts[outcome] or '-':>9}" for outcome, _ in _COLUMNS)
+        ratios = [row.worst for row in rows if row.worst is not None]
+        lines.append(f"  {level:<12}{cells}{f'{max(ratios):.2f}' if ratios else '':>9}")
+    bad = [row for row in verdicts if row.outcome in (Outcome.FAIL, Outcome.ERROR)]
+    for row in bad[:_SHOWN]:
+        text = f"{row.outcome.upper():<6}{row.case}: {row.reason}"
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="        ", break_on_hyphens=False)
+    if len(bad) > _SHOWN:
+        lines.append(f"  and {len(bad) - _SHOWN} more; the results file has all")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Requirement files, one or more for each family."""
