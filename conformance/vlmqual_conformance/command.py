@@ -25,6 +25,7 @@ from vlmqual_contract.requirement import LEVELS
 from vlmqual_contract.target import FAMILIES
 
 DEFAULT_TARGET = "eager"
+_PYTEST_USAGE = 4
 _WORST_FIRST = (EXIT_USAGE, EXIT_INCOMPLETE, EXIT_FAILED, EXIT_OK)
 
 
@@ -37,14 +38,12 @@ class Ended:
         exit: exit code.
         library: name of the library that the subject uses or is.
         path: results file, "" where none was begun.
-        sentence: why there was nothing to do or no way to do it.
     """
 
     subject: str
     exit: int
     library: str = ""
     path: str = ""
-    sentence: str = ""
 
 
 class _Command:
@@ -83,12 +82,12 @@ class _Command:
         for target in targets:
             ended.append(_session(args, "target", target))
             if ended[-1].exit == EXIT_USAGE:
-                return _usage(ended[-1])
+                return EXIT_USAGE
         if not args.no_library and not any(item.exit == EXIT_INCOMPLETE for item in ended):
             for library in dict.fromkeys(item.library for item in ended if item.library):
                 ended.append(_session(args, "library", library))
                 if ended[-1].exit == EXIT_USAGE:
-                    return _usage(ended[-1])
+                    return EXIT_USAGE
         if not any(item.path for item in ended) and all(item.exit == EXIT_OK for item in ended):
             raise UsageError("nothing is selected: no case belongs to these families and levels and to this expression")
         return next(code for code in _WORST_FIRST if any(item.exit == code for item in ended))
@@ -132,6 +131,8 @@ def _session(args: argparse.Namespace, kind: str, subject: str) -> Ended:
         ]
         code = _wait(subprocess.Popen(command, env=_environment()))
         name = subject if kind == "target" else f"library {subject}"
+        if code == _PYTEST_USAGE:
+            return Ended(name, EXIT_USAGE)
         if not status.is_file():
             return Ended(name, EXIT_INCOMPLETE)
         state: dict[str, Any] = json.loads(status.read_text("utf-8"))
@@ -176,11 +177,6 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         if interrupted:
             raise KeyboardInterrupt
         return code
-
-
-def _usage(ended: Ended) -> int:
-    print(f"vlmqual conformance: {ended.sentence}" if ended.sentence else "", end="", file=sys.stderr)
-    return EXIT_USAGE
 
 
 def _plan(args: argparse.Namespace, targets: Sequence[str]) -> int:

@@ -116,15 +116,17 @@ class Golden:
         """Gold's logits of the prompt's end and after every step, (1 + steps, B, V)."""
         return np.concatenate([self.array("prefill/logits")[None], self.array("decode/logits")])
 
-    def needs(self) -> frozenset[Capability]:
-        """Capabilities that a target needs to be given these inputs, with image features injected."""
+    def needs(self, *, injected: bool = True) -> frozenset[Capability]:
+        """Capabilities that a target needs to be given these inputs, with image features injected or from pixels."""
         found = set()
         if self.rows > 1:
             found.add(Capability.BATCH)
         if not (self.mask != 0).all():
             found.add(Capability.PADDING)
-        if self.has_images:
+        if self.has_images and injected:
             found.add(Capability.VISION)
+        if self.has_images and not injected:
+            found |= self.pixel_needs()
         return frozenset(found)
 
     def pixel_needs(self) -> frozenset[Capability]:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -160,6 +160,7 @@ class Conductor:
         self._reporter: progress.Reporter | None = None
         self._running = _Running()
         self._planned: list[str] = []
+        self._stopped: tuple[str, int] | None = None
         self._exit = EXIT_INCOMPLETE
         self._broken: list[str] = []
 
@@ -177,18 +178,27 @@ class Conductor:
                 dtype = self._keeper.info.dtype
                 if dtype not in policy.DTYPES:
                     valid = ", ".join(policy.DTYPES)
-                    self._leave(f"{self.plan.target} declares the compute dtype {dtype!r}; valid are {valid}")
+                    sentence = f"{self.plan.target} declares the compute dtype {dtype!r}; valid are {valid}"
+                    self._stopped = (sentence, EXIT_USAGE)
             else:
                 self._keeper = subjects.LibraryKeeper(self.plan.library, python=self.plan.python, limits=limits)
         except TargetFailure as failure:
-            self._leave(f"{self.plan.subject} did not come up: {failure}", EXIT_FAILED)
+            self._stopped = (f"{self.plan.subject} did not come up: {failure}", EXIT_FAILED)
         except VlmqualError as mistake:
-            self._leave(str(mistake))
-        self._config.stash[subjects.KEEPER] = self._keeper
+            self._stopped = (str(mistake), EXIT_USAGE)
+        if self._keeper is not None:
+            self._config.stash[subjects.KEEPER] = self._keeper
 
-    def _leave(self, sentence: str, code: int = EXIT_USAGE) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> None:
+        """End the session here when it could not start: pytest says nothing of an exit from here on."""
+        if self._stopped is not None:
+            self._leave(*self._stopped)
+
+    def _leave(self, sentence: str, code: int = EXIT_USAGE) -> NoReturn:
         self._exit = code
-        self._status(sentence)
+        self._status()
+        print(f"vlmqual conformance: {sentence}", file=sys.stderr)
         pytest.exit(sentence, returncode=code)
 
     @pytest.hookimpl(tryfirst=True)
@@ -229,13 +239,13 @@ class Conductor:
         self._planned = [item.stash[CASE].name for item in session.items] + [row.case for row in rows]
         if not self._planned:
             self._exit = EXIT_OK
-            self._status("nothing is selected for this subject")
-            pytest.exit(f"{self.plan.subject}: nothing is selected", returncode=EXIT_OK)
+            self._status()
+            print(f"{self.plan.subject}: nothing is selected")
+            pytest.exit("nothing is selected", returncode=EXIT_OK)
         try:
             self._writer = Writer.start(self.plan.results, self._header(), fresh=self.plan.fresh)
         except VlmqualError as mistake:
             self._leave(str(mistake))
-            return
         done = self._writer.done
         again = f", {len(done)} of them from a run that was not finished" if done else ""
         title = f"{self.plan.subject}: {self._about()}\n  {len(self._planned)} cases{again}"
@@ -244,7 +254,7 @@ class Conductor:
         for row in rows:
             if row.case not in done:
                 self._writer.add(row)
-        self._status("")
+        self._status()
 
     def _rows_without_a_test(self) -> list[Verdict]:
         """Verdicts that need no test: requirements that cannot be tested, known failures that name nothing."""
@@ -362,8 +372,8 @@ class Conductor:
         worst = component = None
         if (judge := running.judge) is not None and judge.findings:
             shown = judge.first_out or judge.worst
-            assert shown is not None and judge.worst is not None, "findings have a worst one"
-            worst, component = finite(judge.worst.ratio), shown.component
+            if shown is not None and judge.worst is not None:
+                worst, component = finite(judge.worst.ratio), shown.component
             details["ratios"] = {finding.component: finite(round(finding.ratio, 4)) for finding in judge.findings}
         info = self._info
         verdict = Verdict(
@@ -419,14 +429,14 @@ class Conductor:
             print(f"  incomplete: {done} of {len(self._planned)} cases have a verdict; the same command resumes")
             print(f"  results: {writer.path}")
         session.exitstatus = self._exit
-        self._status("")
+        self._status()
 
-    def _status(self, sentence: str) -> None:
+    def _status(self) -> None:
         if self.plan.status is None:
             return
         name = self._library()[0] if self._keeper is not None else ""
         path = str(self._writer.path) if self._writer else ""
-        state = {"exit": self._exit, "library": name, "path": path, "sentence": sentence}
+        state = {"exit": self._exit, "library": name, "path": path}
         self.plan.status.write_text(json.dumps(state), "utf-8")
 
 
@@ -444,4 +454,5 @@ def case_of(item: pytest.Item) -> Case:
 
 def _is_whole(config: pytest.Config) -> bool:
     """True when the whole suite is collected, not some files of it."""
-    return any(Path(str(arg)).resolve() == catalogue.SUITE for arg in config.args)
+    names = {str(arg) for arg in config.args}
+    return "vlmqual_conformance.suite" in names or any(Path(name).resolve() == catalogue.SUITE for name in names)

@@ -6,7 +6,7 @@ takes `library`. None of them is ever in this process: see `vlmqual_contract.rem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import pytest
@@ -35,18 +35,20 @@ class TargetKeeper:
         text: target string.
         info: what the target says of itself.
         hung: cases in a row that ended because the target hung.
+        memory: what one case computed and others use as well.
     """
 
     def __init__(self, text: str, *, python: str | None = None, limits: Limits | None = None) -> None:
         self.text = text
         self.hung = 0
+        self.memory: dict[Hashable, object] = {}
         self._python = python
         self._limits = limits or Limits()
         self._target: RemoteTarget | None = None
         self._session: RemoteSession | None = None
         self._opened: tuple[Model, Options] | None = None
         self._refused: dict[tuple[Model, Options], tuple[int, TargetFailure | UsageError]] = {}
-        self._ranks: dict[int, RemoteTarget] = {}
+        self._ranks: dict[int, tuple[RemoteTarget, RemoteSession]] = {}
         self.info: Info = self.target().info
 
     def target(self) -> RemoteTarget:
@@ -84,13 +86,26 @@ class TargetKeeper:
         self._opened = key
         return self._session
 
-    def parallel(self, size: int) -> RemoteTarget:
-        """The target in `size` ranks with one thread each, started once."""
-        ranks = self._ranks.get(size)
-        if ranks is None or not ranks.alive:
-            ranks = RemoteTarget(self.text, tp=size, python=self._python, threads=1, limits=self._limits)
-            self._ranks[size] = ranks
-        return ranks
+    def ranks(self, size: int, model: Model, options: Options) -> RemoteSession:
+        """A model opened over `size` ranks with one thread each; started once and kept.
+
+        Raises:
+            TargetFailure, UsageError: the ranks do not come up; that is not tried a third time.
+        """
+        key = (model, options)
+        kept = self._ranks.get(size)
+        if kept is not None and kept[0].alive:
+            return kept[1]
+        times, error = self._refused.get(key, (0, None))
+        if error is not None and times >= 2:
+            raise error
+        try:
+            target = RemoteTarget(self.text, tp=size, python=self._python, threads=1, limits=self._limits)
+            self._ranks[size] = (target, target.open(model, options))
+        except (TargetFailure, UsageError) as failure:
+            self._refused[key] = (times + 1, failure)
+            raise
+        return self._ranks[size][1]
 
     def ended(self, error: BaseException | None) -> None:
         """Take note of how a case ended."""
@@ -98,7 +113,8 @@ class TargetKeeper:
 
     def stop(self) -> None:
         """End every process."""
-        for target in [*self._ranks.values(), *([self._target] if self._target else [])]:
+        ranks = [target for target, _ in self._ranks.values()]
+        for target in [*ranks, *([self._target] if self._target else [])]:
             target.stop()
 
 
@@ -208,4 +224,3 @@ def library(request: pytest.FixtureRequest) -> RemoteLibrary:
 def checkpoint_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for checkpoints that differ from a fixture in a file or two."""
     return tmp_path_factory.mktemp("checkpoints")
-

@@ -240,6 +240,14 @@ class RemoteTarget:
         """Load a checkpoint."""
         return RemoteSession(self._group, model, options or Options())
 
+    def check(self, model: Model, options: Options) -> None:
+        """Ask whether `open` would be refused, without loading; any size can be asked of a single process.
+
+        Raises:
+            UsageError: it would, and the target can tell in advance.
+        """
+        self._group.request({"op": "check", "model": asdict(model), "options": asdict(options)})
+
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
         """Seconds of one pass of a ceiling probe, of the slowest rank."""
         replies = self._group.request_all({"op": "probe", "name": name, "shape": list(shape), "dtype": dtype})

@@ -183,6 +183,9 @@ class Target(Protocol):
     def open(self, model: Model, options: Options) -> AbstractContextManager[Session]:
         """Load a checkpoint.
 
+        A target that also has `check(model, options) -> None` is asked before anything is started: it raises the same
+        UsageError as `open` would, from the configuration alone.
+
         Raises:
             UsageError: the model cannot be opened in this way; says what is wrong before loading weights.
         """

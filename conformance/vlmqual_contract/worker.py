@@ -82,6 +82,12 @@ class Server:
         self._session.synchronize()
         return {"seconds": time.perf_counter() - start}
 
+    def _do_check(self, body: dict[str, Any]) -> dict[str, Any]:
+        check = getattr(self.target, "check", None)  # optional: see target.Target.open
+        if check is not None:
+            check(Model(**body["model"]), Options(**body["options"]))
+        return {}
+
     def _do_close(self, body: dict[str, Any]) -> dict[str, Any]:
         self.close()
         return {}

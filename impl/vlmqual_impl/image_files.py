@@ -37,9 +37,27 @@ def read_image(path: str | Path) -> Image.Image:
     return _decoded(path, f"image file {path} cannot be read")
 
 
+def opened(value: Any, *, allow_urls: bool = False, allow_private: bool = False) -> Any:
+    """An image named by a path or an address, read; anything else as it is.
+
+    Args:
+        value: a path, an http or https address, or an image.
+        allow_urls: fetch addresses.
+        allow_private: fetch also from loopback, link-local and private addresses.
+
+    Raises:
+        ImageError: it cannot be had or read, or is an address and those are not allowed.
+    """
+    if is_url(value):
+        if not allow_urls:
+            raise ImageError(f"{value}: addresses are fetched only with allow_urls=True")
+        return fetch_image(value, allow_private=allow_private)
+    return read_image(value) if isinstance(value, (str, Path)) else value
+
+
 def is_url(value: Any) -> bool:
     """True for text that begins with http:// or https://."""
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
+    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
 
 
 def fetch_image(url: str, *, allow_private: bool = False) -> Image.Image:
@@ -72,6 +90,9 @@ def fetch_image(url: str, *, allow_private: bool = False) -> Image.Image:
                     raise ImageError(f"{url}: took longer than {URL_LIMIT_S:g} s")
     except ImageError:
         raise
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ImageError(f"{url}: {_reason(error)}") from error
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise ImageError(f"{url}: {_reason(error)}") from error
     return _decoded(io.BytesIO(data), f"{url}: what came is no readable image")
@@ -94,7 +115,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self._allow_private = allow_private
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _check_address(newurl, self._allow_private)
+        try:
+            _check_address(newurl, self._allow_private)
+        except ImageError:
+            fp.close()
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -48,11 +48,12 @@ def picture(value: Any, input_format: str | None = None) -> Image.Image:
             raise ValueError(f"an image of {value.width} x {value.height} has no pixels")
         return value
     array = pixels(value)
+    shape = array.shape
     if array.ndim == 3:
         if channel_format(array, input_format) == "channels_first":
             array = array.transpose(1, 2, 0)
         if array.shape[-1] not in CHANNELS:
-            raise ValueError(f"an image of shape {array.shape} has {array.shape[-1]} channels; valid are 1, 3 and 4")
+            raise ValueError(f"an image of shape {shape} has {array.shape[-1]} channels; valid are 1, 3 and 4")
         array = array[..., 0] if array.shape[-1] == 1 else array
     elif array.ndim != 2:
         raise ValueError(f"an image array has 2 or 3 axes, not {array.ndim} (shape {array.shape})")
@@ -260,7 +261,7 @@ def pad(samples: Sequence[Sequence[Array]], format_: ChannelFormat) -> tuple[lis
         full = np.zeros((count, *shape), dtype=frames[0].dtype)
         mask = np.zeros((count, height, width), dtype=np.int64)
         for index, frame in enumerate(sample):
-            full[(index, *(slice(side) for side in frame.shape))] = frame
+            full[index][tuple(slice(side) for side in frame.shape)] = frame
             mask[index, : frame.shape[axes[0]], : frame.shape[axes[1]]] = 1
         padded.append(list(full))
         masks.append(list(mask))

@@ -1,4 +1,4 @@
-"""What at least two families share: norms, rotary embedding, attention, feed-forward blocks.
+"""What at least two families share: norms, rotary embedding, attention, feed-forward blocks, the Llama decoder.
 
 Legend of shapes: B rows, S query positions, K key positions, D width, H heads, G queries of one key head, d head width.
 Head counts are -1 in views, so that a model whose projections were cut for one rank runs unchanged.
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmqual_impl.cache import KeyValueCache
+from vlmqual_impl.configs import LlamaConfig
+
 Activation = Callable[[Tensor], Tensor]
+Taps = dict[str, Tensor]  # hidden states by component
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": F.gelu,
@@ -205,3 +210,109 @@ class MLP(nn.Module):
         """(B, S, D) to (B, S, D)."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
+
+
+# ------------------------------------------------------------------------------------------------- Llama decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What every layer of one pass shares.
+
+    Attributes:
+        cos: (B, 1, S, d) rotary cosines.
+        sin: (B, 1, S, d) rotary sines.
+        bias: what is added to scores, or None.
+        cache: where keys and values go, or None.
+        implementation: "eager" or "sdpa".
+        attentions: where given, receives the attention weights of every layer.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor | None
+    cache: KeyValueCache | None
+    implementation: str
+    attentions: list[Tensor] | None = None
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        rows, tokens, _ = x.shape
+        q, k, v = (
+            projection(x).view(rows, tokens, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
+        if shared.cache is not None:
+            k, v = shared.cache.write(layer, k, v)
+        mixed = attend(
+            q,
+            k,
+            v,
+            shared.bias,
+            implementation=shared.implementation,
+            dropout=self.dropout if self.training else 0.0,
+            weights=shared.attentions,
+        )
+        out: Tensor = self.o_proj(mixed)
+        return out
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Pre-norm block."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), shared, layer)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class LlamaModel(nn.Module):  # IDEFICS3-CFG-023
+    """Embedding, decoder blocks, final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope())
+
+    def blocks(self, x: Tensor, shared: Pass, taps: Taps | None) -> Tensor:
+        """Run the decoder blocks and the final norm; (B, S, D) to (B, S, D)."""
+        tap(taps, "text.embeddings", x)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, shared, index)
+            tap(taps, f"text.layers.{index}", x)
+        if shared.cache is not None:
+            shared.cache.advance(x.shape[1])
+        x = self.norm(x)
+        tap(taps, "text.norm", x)
+        return x
+
+
+def tap(taps: Taps | None, name: str, value: Tensor) -> None:
+    """Keep a hidden state under its component's name where that was asked for."""
+    if taps is not None:
+        taps[name] = value

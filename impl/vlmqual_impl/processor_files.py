@@ -9,19 +9,26 @@ from typing import Any
 
 IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILE = "tokenizer_config.json"
+TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")  # where both are there, transformers takes the first
 _HUB = ("revision", "cache_dir", "local_files_only", "token")
+_WITHOUT_EFFECT = ("trust_remote_code", "use_fast")
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def located(place: str | Path, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The directory of a checkpoint, or the local copy of a hub id; and the keywords that are not about where it is."""
+    """The directory of a checkpoint, or the local copy of a hub id; and the keywords that are not about where it is.
+
+    `trust_remote_code` and `use_fast` are accepted and have no effect: no code is ever taken from a checkpoint, and
+    there is one image processor.
+    """
+    options = {key: value for key, value in kwargs.items() if key not in (*_HUB, *_WITHOUT_EFFECT)}
     if Path(place).is_dir():
-        return Path(place), {key: value for key, value in kwargs.items() if key not in _HUB}
+        return Path(place), options
     from vlmqual_impl.weights import locate  # brings torch, which a local directory does not need
 
     hub = {key: value for key, value in kwargs.items() if key in _HUB}
-    return locate(place, patterns=_FILES, **hub), {key: value for key, value in kwargs.items() if key not in _HUB}
+    return locate(place, patterns=_FILES, **hub), options
 
 
 def image_options(directory: Path) -> dict[str, Any]:
@@ -43,12 +50,29 @@ def image_options(directory: Path) -> dict[str, Any]:
 
 
 def chat_template(directory: Path) -> str | None:
-    """The chat template that is saved in a directory as a file of its own, or None."""
+    """The chat template that is saved in a directory as a file of its own, or None.
+
+    Raises:
+        ValueError: the file holds none.
+    """
     for name in TEMPLATE_FILES:
         path = directory / name
         if path.is_file():
-            return path.read_text("utf-8") if name.endswith("jinja") else str(read_json(path)["chat_template"])
+            template = path.read_text("utf-8") if name.endswith("jinja") else read_json(path).get("chat_template")
+            if not isinstance(template, str):
+                raise ValueError(f"{path}: holds no chat_template that is text")
+            return template
     return None
+
+
+def save_chat_template(template: str, directory: Path) -> list[str]:
+    """Write the chat template; a template that the tokenizer has written there is replaced. The paths written."""
+    written = [write_json(directory / "chat_template.json", {"chat_template": template})]
+    newer = directory / "chat_template.jinja"
+    if newer.is_file():
+        newer.write_text(template, encoding="utf-8")
+        written.append(str(newer))
+    return written
 
 
 def tokenizer(directory: Path) -> Any:
@@ -57,9 +81,9 @@ def tokenizer(directory: Path) -> Any:
     Raises:
         ValueError: it is missing or cannot be read.
     """
-    path = directory / "tokenizer_config.json"
+    path = directory / TOKENIZER_FILE
     if not path.is_file():
-        raise ValueError(f"{directory}: no tokenizer is saved here; looked for tokenizer_config.json")
+        raise ValueError(f"{directory}: no tokenizer is saved here; looked for {TOKENIZER_FILE}")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -67,8 +91,25 @@ def tokenizer(directory: Path) -> Any:
         if read_json(path).get("tokenizer_class") == "TokenizersBackend":
             return PreTrainedTokenizerFast.from_pretrained(directory)
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
+    except Exception as error:  # the tokenizer library raises plain exceptions on damaged files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> list[str]:
+    """Write a tokenizer so that transformers before 5.0 reads it too; the paths written.
+
+    5.x names a class that older versions lack, and lists further special tokens under a key that they read differently.
+    """
+    written = [str(path) for path in tokenizer.save_pretrained(str(directory))]
+    path = directory / TOKENIZER_FILE
+    values = read_json(path)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    write_json(path, values)
+    return written
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from vlmqual_impl.configs import Idefics3Config
     from vlmqual_impl.runtime.base import Sequences
     from vlmqual_impl.runtime.eager import EagerRuntime
 
@@ -65,20 +66,19 @@ class EagerTarget:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._attention = attention
         self._threads = _threads(threads)
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        name = f" {torch.cuda.get_device_name(self._device)}" if self._device.type == "cuda" else ""
         self.info = Info(
             name="eager",
             version=_version("vlmqual"),
-            device=str(self._device),
+            device=f"{self._device}{name}",
             runtime=f"torch eager {torch.__version__}",
             dtype=dtype,
             capabilities=frozenset(Capability),
             families=("idefics3",),
             processes="per-rank",
             library="vlmqual_impl",
-            software={key: _version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")},
-            driver=name,
-            compiler="",
+            software={key: _version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")}
+            | ({"cuda": str(torch.version.cuda)} if name else {}),
         )
 
     @contextmanager
@@ -92,45 +92,62 @@ class EagerTarget:
         import torch
 
         from vlmqual_impl import tp
-        from vlmqual_impl.configs import Idefics3Config, config_for, read_config
         from vlmqual_impl.models import idefics3
         from vlmqual_impl.runtime.eager import EagerRuntime
-        from vlmqual_impl.weights import load, locate, ties_head
+        from vlmqual_impl.weights import load, ties_head
+
+        directory, values, config = self._checked(model, options)
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        joined = False
+        try:
+            try:
+                rank = tp.environment(os.environ, options.tp) if options.tp > 1 else 0
+                config = config.replace(tie_word_embeddings=ties_head(values, directory))
+                with torch.device("meta"):
+                    network = idefics3.Idefics3(config)
+                device, cuts = self._device, {}
+                if options.tp > 1:
+                    device = self._join(rank)
+                    joined = True
+                    cuts = tp.shard(network, idefics3.PLAN, rank, options.tp)
+                load(network, directory, rename=idefics3.RENAME, cuts=cuts, dtype=self._dtype, device=device)
+            except (ValueError, OSError) as error:
+                raise UsageError(str(error)) from error
+            network.model.implementation = self._attention
+            yield EagerSession(EagerRuntime(network.eval()), directory, options)
+        finally:
+            _leave(joined)
+
+    def check(self, model: Model, options: Options) -> None:
+        """Whether `open` would be refused, told from config.json alone.
+
+        Raises:
+            UsageError: unknown family, another family's checkpoint, or heads that do not divide by the ranks.
+        """
+        self._checked(model, options)
+
+    def _checked(self, model: Model, options: Options) -> tuple[Path, dict[str, Any], Idefics3Config]:
+        from vlmqual_impl import tp
+        from vlmqual_impl.configs import Idefics3Config, config_for, read_config
+        from vlmqual_impl.models import idefics3
+        from vlmqual_impl.weights import locate
 
         if model.family not in self.info.families:
             raise UsageError(f"family {model.family!r} cannot be opened; known is {', '.join(self.info.families)}")
         for name in ("tp", "max_length", "batch"):
             if getattr(options, name) < 1:
                 raise UsageError(f"option {name} is {getattr(options, name)}; it has to be positive")
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        joined = False
         try:
             directory = locate(model.path)
             values = read_config(directory)
             config = config_for(values)
-            if not isinstance(config, Idefics3Config) or config.model_type != model.family:
-                raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not of {model.family!r}")
+            if not isinstance(config, Idefics3Config):
+                raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not {model.family!r}")
             tp.check(idefics3.divisible(config), options.tp)
-            rank = tp.environment(os.environ, options.tp) if options.tp > 1 else 0
-            config = config.replace(tie_word_embeddings=ties_head(values, directory))
-            with torch.device("meta"):
-                network = idefics3.Idefics3(config)
-            device, cuts = self._device, {}
-            if options.tp > 1:
-                device = self._join(rank)
-                joined = True
-                cuts = tp.shard(network, idefics3.PLAN, rank, options.tp)
-            load(network, directory, rename=idefics3.RENAME, cuts=cuts, dtype=self._dtype, device=device)
-            network.model.implementation = self._attention
-            network.eval()
         except (ValueError, OSError) as error:
-            _leave(joined)
             raise UsageError(str(error)) from error
-        try:
-            yield EagerSession(EagerRuntime(network), directory, options)
-        finally:
-            _leave(joined)
+        return directory, values, config
 
     def _join(self, rank: int) -> torch.device:
         """Meet the other ranks; the device of this one."""

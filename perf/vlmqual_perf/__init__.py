@@ -1,1 +1,1 @@
-
+"""The performance harness: plan, runner, statistics, and the pytest-benchmark front."""

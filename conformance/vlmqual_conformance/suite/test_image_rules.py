@@ -18,7 +18,6 @@ from vlmqual_conformance.suite.library_objects import (
     image,
     picture,
 )
-from vlmqual_contract.errors import Unsupported
 from vlmqual_contract.subject import Handle, Image, RemoteLibrary
 from vlmqual_contract.target import Array
 
@@ -75,8 +74,8 @@ def test_the_longest_edge_is_met_exactly_and_the_other_keeps_the_ratio(
 
 
 @requirement("IDEFICS3-IMG-022")
-@pytest.mark.parametrize(("width", "height"), [(40, 1), (50, 3), (1, 1), (3, 3)])
-def test_images_one_or_three_pixels_high_are_read_as_images(
+@pytest.mark.parametrize(("width", "height"), [(40, 1), (50, 3), (1, 1), (3, 3), (600, 5)])
+def test_images_one_or_three_pixels_high_at_any_stage_are_not_turned(
     idefics3: Idefics3Objects, width: int, height: int
 ) -> None:
     pixels = picture(height, width)
@@ -86,7 +85,7 @@ def test_images_one_or_three_pixels_high_are_read_as_images(
 
 
 @requirement("IDEFICS3-IMG-022")
-@pytest.mark.parametrize(("width", "height"), [(1, 40), (2, 60), (3, 50), (600, 5), (5, 600)])
+@pytest.mark.parametrize(("width", "height"), [(1, 40), (2, 60), (3, 50), (5, 600)])
 def test_extremely_narrow_images_keep_at_least_one_pixel(idefics3: Idefics3Objects, width: int, height: int) -> None:
     pixels = picture(height, width)
     values, rows, columns = processed(idefics3.images, Image(pixels))
@@ -94,9 +93,7 @@ def test_extremely_narrow_images_keep_at_least_one_pixel(idefics3: Idefics3Objec
     np.testing.assert_array_equal(values[0], rules.frames(pixels, TILE, EDGE))
 
 
-@requirement(
-    "IDEFICS3-IMG-015", "IDEFICS3-IMG-022", "IDEFICS3-IMG-024", "IDEFICS3-IMG-025", "IDEFICS3-IMG-047"
-)
+@requirement("IDEFICS3-IMG-015", "IDEFICS3-IMG-022", "IDEFICS3-IMG-024", "IDEFICS3-IMG-025", "IDEFICS3-IMG-047")
 def test_grids_and_pixels_of_300_random_images_follow_the_rules(idefics3: Idefics3Objects) -> None:
     seed = secrets.randbits(32)
     sizes = np.random.Generator(np.random.PCG64(seed)).integers(4, 220, (15, 20, 2)).tolist()
@@ -232,26 +229,8 @@ def test_a_processor_can_be_loaded_with_another_resolution(idefics3: Idefics3Obj
 def test_resolutions_beyond_five_tiles_work_up_to_4096_pixels(
     idefics3: Idefics3Objects, edge: int, tile: int, height: int, width: int
 ) -> None:
-    processor = idefics3.new_image_processor(
-        tile, size={"longest_edge": edge}, do_rescale=False, do_normalize=False
-    )
+    processor = idefics3.new_image_processor(tile, size={"longest_edge": edge}, do_rescale=False, do_normalize=False)
     made = processor.call("preprocess", image(height, width), return_tensors="np", return_row_col_info=True)
     wanted = rules.grid((height, width), tile, edge)
     assert (made.get("rows"), made.get("cols")) == ([[wanted[0]]], [[wanted[1]]])
     assert wanted[1] == min(edge, 4096) // tile
-
-
-@requirement("IDEFICS3-IMG-034")
-def test_an_array_with_four_channels_becomes_rgb(idefics3: Idefics3Objects) -> None:
-    pixels = picture(60, 80)
-    opaque = np.concatenate([pixels, np.full((60, 80, 1), 255, np.uint8)], axis=-1)
-    values, _, _ = processed(idefics3.images, [opaque])
-    np.testing.assert_array_equal(values[0], rules.frames(pixels, TILE, EDGE))
-
-
-@requirement("IDEFICS3-IMG-049")
-def test_frameworks_of_return_tensors_have_their_documented_short_names(idefics3: Idefics3Objects) -> None:
-    if not idefics3.library.exists("TensorType"):
-        raise Unsupported("the library has no TensorType; return_tensors is a plain string")
-    names = set(idefics3.library.call("builtins:str", idefics3.library.get("TensorType._value2member_map_")))
-    assert names >= {"pt", "np", "tf", "jax"}, f"TensorType has {sorted(names)}"

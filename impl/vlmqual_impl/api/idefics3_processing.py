@@ -5,20 +5,18 @@ The rules are in `images` and `processors`, the files in `processor_files`.
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
 from PIL import Image
 
 from vlmqual_impl import images as rules
 from vlmqual_impl import processor_files as files
 from vlmqual_impl import processors as prompts
-from vlmqual_impl.image_files import fetch_image, is_url, read_image
+from vlmqual_impl.image_files import opened
+from vlmqual_impl.processors import Batch, check_framework, nested, stacked
 
-FRAMEWORKS = ("pt", "np")
 _FLAGS = (
     "do_convert_rgb",
     "do_resize",
@@ -49,29 +47,8 @@ _TEXT_CALL = (
     "return_offsets_mapping",
     "return_length",
     "verbose",
+    "is_split_into_words",
 )
-
-
-class Batch(UserDict[str, Any]):
-    """Named tensors: a mapping whose items are attributes too, and which moves to a device or dtype as a whole."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["data"][name]
-        except KeyError:
-            raise AttributeError(
-                f"the batch has no {name!r}; it has {', '.join(self.__dict__.get('data', {}))}"
-            ) from None
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move tensors with torch's `Tensor.to`; a floating dtype leaves whole-number tensors as they are."""
-        import torch
-
-        for key, value in self.data.items():
-            if isinstance(value, torch.Tensor):
-                moved = value.to(*args, **kwargs)
-                self.data[key] = moved if value.is_floating_point() else moved.to(value.dtype)
-        return self
 
 
 class Idefics3ImageProcessor:
@@ -155,7 +132,7 @@ class Idefics3ImageProcessor:
 
         Args:
             images: one image, a list of images (one sample), or a list of lists (a batch) (IDEFICS3-IMG-043). An image
-                is a PIL image, a numpy array or a torch tensor.
+                is a PIL image, a numpy array, a torch tensor or the path of a file.
             do_convert_rgb: see the constructor, as for the options that follow.
             do_resize: see the constructor.
             size: see the constructor.
@@ -200,14 +177,14 @@ class Idefics3ImageProcessor:
             padded, masks = rules.pad(frames, cast(rules.ChannelFormat, format_))
             data = {"pixel_values": padded, "pixel_attention_mask": masks}
         if return_tensors is not None:
-            data = {name: _tensor(name, value, return_tensors) for name, value in data.items()}
+            data = {name: stacked(name, value, return_tensors) for name, value in data.items()}
         if return_row_col_info:
             data |= {"rows": rows, "cols": columns}
         return Batch(data)
 
     def _frames(self, value: Any, chosen: Mapping[str, Any], format_: str | None) -> tuple[list[rules.Array], int, int]:
         """The frames of one image as arrays (H, W, C), and its grid."""
-        image = rules.picture(value, format_)
+        image = rules.picture(opened(value), format_)
         if chosen["do_convert_rgb"]:
             image = rules.to_rgb(image)
         resample, tile = int(chosen["resample"]), int(chosen["max_image_size"]["longest_edge"])
@@ -258,7 +235,19 @@ class Idefics3ImageProcessor:
             ValueError: there is no such file, or it is damaged.
         """
         directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        return cls.from_dict(files.image_options(directory), **options)
+        return cls.from_saved(files.image_options(directory), options)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        """From what a file holds, some of it overridden.
+
+        Raises:
+            TypeError: an override is neither an option nor something that the file holds.
+        """
+        unknown = [key for key in overrides if key not in _FLAGS and key not in values]
+        if unknown:
+            raise TypeError(f"{cls.__name__} does not know {', '.join(unknown)}; it knows {', '.join(_FLAGS)}")
+        return cls.from_dict(values, **overrides)
 
 
 class Idefics3Processor:
@@ -294,10 +283,13 @@ class Idefics3Processor:
         self.allow_urls = bool(kwargs.pop("allow_urls", False))
         self.allow_private_urls = bool(kwargs.pop("allow_private_urls", False))
         if kwargs:
-            raise TypeError(f"Idefics3Processor does not know {', '.join(kwargs)}")
+            known = "image_processor, tokenizer, image_seq_len, chat_template, allow_urls and allow_private_urls"
+            raise TypeError(f"Idefics3Processor does not know {', '.join(kwargs)}; it knows {known}")
+        _check_length(image_seq_len)
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.image_seq_len = image_seq_len
+        self._more: dict[str, Any] = {}
         self.chat_template = chat_template if chat_template is not None else getattr(tokenizer, "chat_template", None)
         # IDEFICS3-PROC-028. Adding what is there already leaves a tokenizer as it is.
         tokenizer.add_tokens([prompts.FAKE, prompts.IMAGE, prompts.END_OF_UTTERANCE], special_tokens=True)
@@ -320,13 +312,13 @@ class Idefics3Processor:
 
         Args:
             images: one image or a list of images for a single prompt, or a list of lists for a batch; images as for the
-                image processor, or addresses where the processor allows them.
+                image processor, or addresses with `allow_urls` (IDEFICS3-PROC-030).
             text: a prompt or a list of prompts with one `<image>` marker for each image.
             audio: not used; must be None.
             videos: not used; must be None.
             image_seq_len: for this call (IDEFICS3-PROC-006).
             **kwargs: options of the image processor and the tokenizer, and `return_tensors`; or two mappings
-                `images_kwargs` and `text_kwargs`.
+                `images_kwargs` and `text_kwargs`; `allow_urls` and `allow_private_urls` for this call.
 
         Returns:
             input_ids and attention_mask (B, S), pixel_values (B, N, 3, H, W), pixel_attention_mask (B, N, H, W).
@@ -340,33 +332,36 @@ class Idefics3Processor:
         for name, value in (("audio", audio), ("videos", videos)):
             if value is not None:
                 raise ValueError(f"{name} were passed; Idefics3 takes text and images only")
+        allow_urls = bool(kwargs.pop("allow_urls", self.allow_urls))
+        allow_private = bool(kwargs.pop("allow_private_urls", self.allow_private_urls))
         image_options, text_options, framework = _sorted_options(kwargs)
+        check_framework(framework)
+        length = self.image_seq_len if image_seq_len is None else image_seq_len
+        _check_length(length)
+        texts = None if text is None else _texts(text)
         batch: dict[str, Any] = {}
         counts: list[int] = []
         grids: list[list[tuple[int, int]]] = []
         if images is not None:
-            samples = [[self._load(image) for image in sample] for sample in nested(images)]
+            samples = nested(images)
             counts = [len(sample) for sample in samples]
+            if texts is not None:
+                prompts.check_counts(texts, counts)
+            samples = [
+                [opened(image, allow_urls=allow_urls, allow_private=allow_private) for image in sample]
+                for sample in samples
+            ]
             if not any(counts):
                 raise ValueError("images has no image in any sample; pass images=None for text alone")
             image_options["return_row_col_info"] = True
             batch = dict(self.image_processor.preprocess(samples, return_tensors=framework, **image_options))
             grids = [list(zip(*pair, strict=True)) for pair in zip(batch.pop("rows"), batch.pop("cols"), strict=True)]
-        if text is not None:
-            texts = _texts(text)
+        if texts is not None:
             prompts.check_counts(texts, counts)
-            length = self.image_seq_len if image_seq_len is None else image_seq_len
             grids = grids or [[] for _ in texts]
             expanded = [prompts.expand(one, grid, length) for one, grid in zip(texts, grids, strict=True)]
             batch |= dict(self.tokenizer(text=expanded, return_tensors=framework, **text_options))
         return Batch(batch)
-
-    def _load(self, image: Any) -> Any:
-        if is_url(image):
-            if not self.allow_urls:
-                raise ValueError(f"{image}: addresses are fetched only by a processor made with allow_urls=True")
-            return fetch_image(image, allow_private=self.allow_private_urls)
-        return read_image(image) if isinstance(image, (str, Path)) else image
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
@@ -401,12 +396,12 @@ class Idefics3Processor:
         """Write tokenizer, image processor, `processor_config.json` and chat template, in the layout of 4.46."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        written = [str(path) for path in self.tokenizer.save_pretrained(directory)]
+        written = files.save_tokenizer(self.tokenizer, directory)
         written += self.image_processor.save_pretrained(directory)
-        about = {"image_seq_len": self.image_seq_len, "processor_class": type(self).__name__}
+        about = {**self._more, "image_seq_len": self.image_seq_len, "processor_class": type(self).__name__}
         written.append(files.write_json(directory / files.PROCESSOR_FILE, about))
         if self.chat_template is not None:
-            written.append(files.write_json(directory / "chat_template.json", {"chat_template": self.chat_template}))
+            written += files.save_chat_template(self.chat_template, directory)
         return written
 
     @classmethod
@@ -419,36 +414,24 @@ class Idefics3Processor:
 
         Raises:
             ValueError: files are missing or damaged.
+            TypeError: a keyword that is no option.
         """
         directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        own = {key: options.pop(key) for key in ("image_seq_len", "chat_template") if key in options}
-        own |= {key: options.pop(key) for key in ("allow_urls", "allow_private_urls") if key in options}
-        image_processor = Idefics3ImageProcessor.from_dict(files.image_options(directory), **options)
-        saved = (
-            files.read_json(directory / files.PROCESSOR_FILE) if (directory / files.PROCESSOR_FILE).is_file() else {}
-        )
+        mine = ("image_seq_len", "chat_template", "allow_urls", "allow_private_urls")
+        own = {key: options.pop(key) for key in mine if key in options}
+        image_processor = Idefics3ImageProcessor.from_saved(files.image_options(directory), options)
+        path = directory / files.PROCESSOR_FILE
+        saved = files.read_json(path) if path.is_file() else {}
         own.setdefault("image_seq_len", saved.get("image_seq_len", 169))
         own.setdefault("chat_template", files.chat_template(directory) or saved.get("chat_template"))
-        return cls(image_processor, files.tokenizer(directory), **own)
-
-
-def nested(images: Any) -> list[list[Any]]:
-    """One image, a list of images (one sample) or a list of lists (a batch) as a list of lists.
-
-    Raises:
-        ValueError: it is empty, or mixes images with lists.
-    """
-    if not isinstance(images, (list, tuple)):
-        return [[images]]
-    lists = [isinstance(item, (list, tuple)) for item in images]
-    if not images or (any(lists) and not all(lists)):
-        raise ValueError("images must be an image, a list of images (one sample), or a list of lists (a batch)")
-    return [list(item) for item in images] if all(lists) else [list(images)]
+        processor = cls(image_processor, files.tokenizer(directory), **own)
+        left_out = ("image_processor", "image_seq_len", "processor_class", "chat_template")
+        processor._more = {key: value for key, value in saved.items() if key not in left_out}
+        return processor
 
 
 def _check_options(chosen: Mapping[str, Any], framework: str | None, format_: str | None) -> None:
-    if framework is not None and framework not in FRAMEWORKS:
-        raise ValueError(f"return_tensors {framework!r} is not available; valid are {', '.join(FRAMEWORKS)} and None")
+    check_framework(framework)
     if format_ is not None and format_ not in rules.FORMATS:
         raise ValueError(f"data_format {format_!r} is unknown; valid are {', '.join(rules.FORMATS)} and None")
     size, tile = chosen["size"], chosen["max_image_size"]
@@ -458,34 +441,20 @@ def _check_options(chosen: Mapping[str, Any], framework: str | None, format_: st
     if not isinstance(tile, Mapping) or "longest_edge" not in tile:  # IDEFICS3-IMG-027
         raise ValueError(f'max_image_size {tile!r} is not valid; it needs {{"longest_edge": n}}')
     sides = [*(size.values() if chosen["do_resize"] else ()), tile["longest_edge"]]
-    if any(int(side) < 1 for side in sides):
-        raise ValueError(f"size {size!r} and max_image_size {tile!r} need sides of at least 1 pixel")
+    if not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"size {size!r} and max_image_size {tile!r} need whole numbers of at least 1 pixel")
+    if chosen["do_rescale"] and not isinstance(chosen["rescale_factor"], (int, float)):
+        raise ValueError(f"rescale_factor {chosen['rescale_factor']!r} is no number")
     if chosen["resample"] not in list(Image.Resampling):
         raise ValueError(f"resample {chosen['resample']!r} is no PIL filter; valid are {[*map(int, Image.Resampling)]}")
 
 
 def _input_format(samples: Sequence[Sequence[Any]], given: str | None) -> str:
     first = next((image for sample in samples for image in sample), None)
-    if first is None or isinstance(first, Image.Image):
+    if first is None or isinstance(first, (Image.Image, str, Path)):
         return "channels_last"
     array = rules.pixels(first)
     return rules.channel_format(array, given) if array.ndim == 3 else given or "channels_last"
-
-
-def _tensor(name: str, value: list[list[rules.Array]], framework: str) -> Any:
-    shapes = {frame.shape for sample in value for frame in sample}
-    counts = {len(sample) for sample in value}
-    if len(shapes) > 1 or len(counts) > 1:
-        raise ValueError(
-            f"{name} cannot be one tensor: the samples have {sorted(counts)} frames of shapes {sorted(shapes)}; "
-            "use do_pad=True, or return_tensors=None"
-        )
-    array = np.array(value)
-    if framework == "np":
-        return array
-    import torch
-
-    return torch.from_numpy(array)
 
 
 def _sorted_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
@@ -500,12 +469,17 @@ def _sorted_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
             image_options[key] = value
         elif key in _TEXT_CALL:
             text_options[key] = value
-        elif key == "is_split_into_words" and not value:
-            continue
         else:
             known = ", ".join((*_IMAGE_CALL, *_TEXT_CALL, "return_tensors"))
             raise TypeError(f"Idefics3Processor does not know {key!r}; it knows {known}")
+    if text_options.pop("is_split_into_words", False):  # IDEFICS3-PROC-020
+        raise ValueError("is_split_into_words=True is not supported; a prompt is one string")
     return image_options, text_options, framework
+
+
+def _check_length(length: Any) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"image_seq_len is {length!r}; it has to be a whole number of at least 1")
 
 
 def _texts(text: Any) -> list[str]:

@@ -196,9 +196,7 @@ class PreTrainedModel(nn.Module):
         _attention(model, chosen)
         settings = directory / "generation_config.json"
         if settings.is_file():
-            model.generation_config = with_defaults(
-                GenerationConfig.from_dict(read_json(settings)), **_token_ids(config)
-            )
+            model.generation_config = GenerationConfig.from_dict(read_json(settings))
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "5GB") -> None:

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmqual_impl.cache import KeyValueCache
-from vlmqual_impl.configs import Idefics3Config, Idefics3VisionConfig, LlamaConfig
-from vlmqual_impl.layers import MLP, GatedMLP, RMSNorm, Rotary, attend, causal_bias, hidden_bias, rotate
+from vlmqual_impl.configs import Idefics3Config, Idefics3VisionConfig
+from vlmqual_impl.layers import MLP, LlamaModel, Pass, Taps, attend, causal_bias, hidden_bias, tap
 from vlmqual_impl.tp import COLUMN, ROW
-
-Taps = dict[str, Tensor]
 
 # ------------------------------------------------------------------------------------------------------------ vision
 
@@ -169,12 +167,12 @@ class Idefics3VisionTransformer(nn.Module):
         if not bool(patch_attention_mask.all()):
             bias = hidden_bias(patch_attention_mask.flatten(1)[:, None, None, :], pixel_values)
         x = self.embeddings(pixel_values, patch_attention_mask)
-        _tap(taps, "vision.embeddings", x)
+        tap(taps, "vision.embeddings", x)
         for index, layer in enumerate(self.encoder.layers):
             x = layer(x, bias, implementation)
-            _tap(taps, f"vision.layers.{index}", x)
+            tap(taps, f"vision.layers.{index}", x)
         out: Tensor = self.post_layernorm(x)
-        _tap(taps, "vision.post_layernorm", out)
+        tap(taps, "vision.post_layernorm", out)
         return out
 
 
@@ -206,108 +204,6 @@ class Idefics3Connector(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------------- text
-
-
-class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.dropout = config.attention_dropout
-        inner, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-
-    def forward(self, x: Tensor, frame: Frame, layer: int) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
-        rows, tokens, _ = x.shape
-        q, k, v = (
-            projection(x).view(rows, tokens, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
-        if frame.cache is not None:
-            k, v = frame.cache.write(layer, k, v)
-        mixed = attend(
-            q,
-            k,
-            v,
-            frame.bias,
-            implementation=frame.implementation,
-            dropout=self.dropout if self.training else 0.0,
-            weights=frame.attentions,
-        )
-        out: Tensor = self.o_proj(mixed)
-        return out
-
-
-class LlamaDecoderLayer(nn.Module):
-    """Pre-norm block."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.self_attn = LlamaAttention(config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, frame: Frame, layer: int) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), frame, layer)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
-
-
-class Frame:
-    """What every layer of one pass shares.
-
-    Attributes:
-        cos, sin: (B, 1, S, d) rotary tables.
-        bias: what is added to scores, or None.
-        cache: where keys and values go, or None.
-        implementation: "eager" or "sdpa".
-        attentions: where given, receives the attention weights of every layer.
-    """
-
-    def __init__(
-        self,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor | None,
-        cache: KeyValueCache | None,
-        implementation: str,
-        attentions: list[Tensor] | None,
-    ) -> None:
-        self.cos, self.sin, self.bias = cos, sin, bias
-        self.cache = cache
-        self.implementation = implementation
-        self.attentions = attentions
-
-
-class LlamaModel(nn.Module):  # IDEFICS3-CFG-023
-    """Embedding, decoder blocks, final norm."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope())
-
-    def blocks(self, x: Tensor, positions: Tensor, frame: Frame, taps: Taps | None) -> Tensor:
-        """Run the decoder blocks and the final norm; (B, S, D) to (B, S, D)."""
-        _tap(taps, "text.embeddings", x)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, frame, index)
-            _tap(taps, f"text.layers.{index}", x)
-        if frame.cache is not None:
-            frame.cache.advance(x.shape[1])
-        x = self.norm(x)
-        _tap(taps, "text.norm", x)
-        return x
 
 
 class Idefics3Trunk(nn.Module):
@@ -397,7 +293,7 @@ def encode_images(
         )
     x = trunk.vision_model(frames.to(weight.dtype), patch_mask, implementation=trunk.implementation, taps=taps)
     features: Tensor = trunk.connector(x)
-    _tap(taps, "connector", features)
+    tap(taps, "connector", features)
     return features
 
 
@@ -468,8 +364,8 @@ def prefill(
     cos, sin = trunk.text_model.rotary(positions, embeddings.dtype)
     bias = causal_bias(valid, start, tokens, start + tokens, embeddings)
     implementation = trunk.implementation if attentions is None else "eager"
-    frame = Frame(cos, sin, bias, cache, implementation, attentions)
-    return trunk.text_model.blocks(embeddings, positions, frame, taps)
+    shared = Pass(cos, sin, bias, cache, implementation, attentions)
+    return trunk.text_model.blocks(embeddings, shared, taps)
 
 
 def decode(
@@ -498,13 +394,8 @@ def decode(
     x = trunk.text_model.embed_tokens(tokens)
     cos, sin = trunk.text_model.rotary(positions, x.dtype)
     bias = None if valid is None else hidden_bias(valid[:, None, None, : cache.length + 1], x)
-    frame = Frame(cos, sin, bias, cache, trunk.implementation, None)
-    return trunk.text_model.blocks(x, positions, frame, taps)
-
-
-def _tap(taps: Taps | None, name: str, value: Tensor) -> None:
-    if taps is not None:
-        taps[name] = value
+    shared = Pass(cos, sin, bias, cache, trunk.implementation)
+    return trunk.text_model.blocks(x, shared, taps)
 
 
 def _on(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -1,0 +1,135 @@
+"""Levels images and prompts: the target's own preprocessing, from prompts and image files to tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmqual_conformance.goldens import entries
+from vlmqual_conformance.marks import requirement
+from vlmqual_conformance.policy import BadAnswer
+from vlmqual_conformance.subjects import TINY, TargetKeeper, demand, options_for, tiny
+from vlmqual_conformance.suite.runs import FAMILY
+from vlmqual_contract import fixtures
+from vlmqual_contract.remote import RemoteSession
+from vlmqual_contract.target import Array, Capability, Info, Inputs, Model, Prompt
+
+CHECKPOINT = TINY[FAMILY]
+PIXELS = "IDEFICS3-FILE-003"
+ROTATED = ("IDEFICS3-FILE-001", PIXELS)
+OTHER_MODE = ("IDEFICS3-FILE-002", PIXELS)
+THIN = ("IDEFICS3-FILE-004", PIXELS)
+OTHER_MODES = ("cmyk", "gray", "gray16", "la", "palette", "palette-transparent", "rgba")
+
+
+def images() -> list[Any]:
+    """Every fixture image with the requirements that it is about."""
+    found = []
+    for key, entry in entries(FAMILY, "pixels").items():
+        name, checkpoint, way = key.split("|")
+        if (checkpoint, way) != (CHECKPOINT, "path"):
+            continue
+        stem = Path(name).stem.removeprefix("edge-")
+        ids: tuple[str, ...] = (PIXELS,)
+        if stem.startswith("exif"):
+            ids = ROTATED
+        elif stem in OTHER_MODES:
+            ids = OTHER_MODE
+        elif {"1", "3"} & set(stem.split("x")):
+            ids = THIN
+        found.append(pytest.param(name, entry, id=name, marks=requirement(*ids)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "entry"), images())
+def test_pixels_of_an_image_file_are_the_references(session: RemoteSession, name: str, entry: dict[str, Any]) -> None:
+    made = session.preprocess([Prompt("<image>What is it?", (str(fixtures.image(name)),))])
+    for tensor, dtype in (("pixel_values", np.float32), ("pixel_attention_mask", np.int64)):
+        array, gold = tensor_of(made, tensor), entry[tensor]
+        assert list(array.shape) == gold["shape"], (
+            f"{tensor} of {name} has shape {list(array.shape)}, not {gold['shape']}"
+        )
+        assert array.dtype == dtype, f"{tensor} of {name} is {array.dtype}, not {np.dtype(dtype)}"
+        if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() == gold["sha256"]:
+            continue
+        values = array.reshape(-1)[gold["sample"]["index"]].astype(np.float64)
+        away = np.abs(values - np.array(gold["sample"]["value"], dtype=np.float64))
+        raise AssertionError(
+            f"{tensor} of {name} is not the reference's: {int((away > 0).sum())} of {away.size} sampled values differ, "
+            f"by up to {away.max():.3g}"
+        )
+    image = image_token_id()
+    count = int((tensor_of(made, "input_ids") == image).sum())
+    assert count == entry["image_tokens"], f"{name} takes {count} image tokens, not {entry['image_tokens']}"
+
+
+def prompts() -> list[Any]:
+    """Every golden batch of the tiny checkpoint, those without splitting last, with their requirements."""
+    found = []
+    for key, entry in entries(FAMILY, "prompts").items():
+        kind, _, name = key.partition("|")
+        if kind != "tokens" or entry["checkpoint"] != CHECKPOINT:
+            continue
+        options = entry["images_kwargs"]
+        assert set(options) <= {"do_image_splitting"}, f"the prompt golden {name} has options that no target can take"
+        rows = entry["rows"]
+        ids = ["IDEFICS3-FILE-005"]
+        if not all(row["images"] for row in rows):
+            ids.insert(0, "IDEFICS3-FILE-007")
+        if len(rows) > 1:
+            ids.insert(0, "IDEFICS3-FILE-006")
+        found.append((bool(options), pytest.param(entry, id=name, marks=requirement(*ids))))
+    return [param for _, param in sorted(found, key=lambda item: item[0])]
+
+
+@pytest.mark.parametrize("entry", prompts())
+def test_ids_of_prompts_with_images_are_the_references(
+    keeper: TargetKeeper, info: Info, checkpoint_copies: Path, entry: dict[str, Any]
+) -> None:
+    demand(info, {Capability.BATCH, Capability.PADDING} if len(entry["rows"]) > 1 else ())
+    model = tiny(FAMILY)
+    if entry["images_kwargs"]:
+        model = with_image_options(checkpoint_copies / "whole", entry["images_kwargs"])
+    session = keeper.session(model, options_for(info))
+    rows = [Prompt(row["text"], tuple(str(fixtures.image(name)) for name in row["images"])) for row in entry["rows"]]
+    made = session.preprocess(rows)
+    for tensor in ("attention_mask", "input_ids"):
+        array, gold = tensor_of(made, tensor), np.array(entry[tensor], dtype=np.int64)
+        assert array.shape == gold.shape, f"{tensor} has shape {array.shape}, not {gold.shape}"
+        assert array.dtype == np.int64, f"{tensor} is {array.dtype}, not int64"
+        if not np.array_equal(array, gold):
+            row, column = (int(axis[0]) for axis in np.nonzero(array != gold))
+            raise AssertionError(
+                f"{tensor} differs in {int((array != gold).sum())} places, first in row {row} at {column}: "
+                f"{array[row, column]}, not {gold[row, column]}"
+            )
+
+
+def tensor_of(made: Inputs, name: str) -> Array:
+    if name not in made:
+        raise BadAnswer(f"preprocess gave no {name}; it gave {', '.join(made) or 'nothing'}")
+    return made[name]
+
+
+def image_token_id() -> int:
+    config = json.loads((Path(tiny(FAMILY).path) / "config.json").read_text("utf-8"))
+    return int(config["image_token_id"])
+
+
+def with_image_options(folder: Path, options: dict[str, Any]) -> Model:
+    """The tiny checkpoint with other options of its image processor; every other file is a link to the fixture's."""
+    name = "preprocessor_config.json"
+    source = Path(tiny(FAMILY).path)
+    if not folder.is_dir():
+        folder.mkdir()
+        for file in source.iterdir():
+            if file.name != name:
+                (folder / file.name).symlink_to(file)
+        settings = json.loads((source / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps({**settings, **options}), "utf-8")
+    return Model(str(folder), FAMILY)

@@ -1,0 +1,1 @@
+"""What pytest collects to show measured rows through pytest-benchmark."""
