@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmqual_conformance import catalogue, known
+from vlmqual_conformance import catalogue, failures
 from vlmqual_contract import fixtures
 from vlmqual_contract.discovery import TARGETS, installed, parse
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace, targets: Sequence[str]) -> None:
     if missing := sorted(set(args.family or ()) - have):
         there = ", ".join(sorted(have))
         raise UsageError(f"--family {missing[0]}: no requirements are installed for it; there are some for {there}")
-    known.load_known(args.known)
+    failures.load_known(args.known)
     fixtures.root()
 
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from vlmqual_conformance import catalogue, goldens, known, marks, outcomes, policy, progress, subjects
+from vlmqual_conformance import catalogue, failures, goldens, marks, outcomes, policy, progress, subjects
 from vlmqual_conformance.catalogue import Case
-from vlmqual_conformance.known import Failure
+from vlmqual_conformance.failures import Failure
 from vlmqual_conformance.outcomes import outcome_of
 from vlmqual_contract import fixtures, machine
 from vlmqual_contract.discovery import suite_version
@@ -161,6 +161,7 @@ class Conductor:
         self._running = _Running()
         self._planned: list[str] = []
         self._stopped: tuple[str, int] | None = None
+        self._left = False
         self._exit = EXIT_INCOMPLETE
         self._broken: list[str] = []
 
@@ -171,7 +172,7 @@ class Conductor:
         """Start the subject; what prevents that ends the session with one sentence."""
         try:
             self._requirements = catalogue.requirements()
-            self._failures = [*known.load_known(), *(known.load_known(self.plan.known) if self.plan.known else ())]
+            self._failures = [*failures.load_known(), *(failures.load_known(self.plan.known) if self.plan.known else ())]
             limits = Limits(call_s=self.plan.timeout_s)
             if self.plan.target:
                 self._keeper = subjects.TargetKeeper(self.plan.target, python=self.plan.python, limits=limits)
@@ -196,7 +197,7 @@ class Conductor:
             self._leave(*self._stopped)
 
     def _leave(self, sentence: str, code: int = EXIT_USAGE) -> NoReturn:
-        self._exit = code
+        self._exit, self._left = code, True
         self._status()
         print(f"vlmqual conformance: {sentence}", file=sys.stderr)
         pytest.exit(sentence, returncode=code)
@@ -233,7 +234,7 @@ class Conductor:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Open the results file; cases with a verdict from an earlier, unfinished run are not run again."""
-        if session.testsfailed or self._config.option.collectonly:
+        if session.testsfailed or self._left or self._config.option.collectonly:
             return
         rows = self._rows_without_a_test()
         self._planned = [item.stash[CASE].name for item in session.items] + [row.case for row in rows]
@@ -367,7 +368,7 @@ class Conductor:
         if outcomes.is_ours(running.error):
             self._broken.append(f"{case.name}\n{running.text or traceback.format_exception(running.error)}")
         entries = [entry for entry in self._concerned() if entry.names(case.name, case.ids)]
-        judged = known.judge(outcome, reason, entries, date.today())
+        judged = failures.judge(outcome, reason, entries, date.today())
         details: dict[str, Any] = dict(judged.details)
         worst = component = None
         if (judge := running.judge) is not None and judge.findings:

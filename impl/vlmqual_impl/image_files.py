@@ -102,7 +102,10 @@ def _decoded(source: str | Path | io.BytesIO, trouble: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")  # IDEFICS3-FILE-001, IDEFICS3-FILE-002
+            upright = ImageOps.exif_transpose(image)  # IDEFICS3-FILE-001
+            if upright.mode == "P" and isinstance(upright.info.get("transparency"), bytes):
+                upright = upright.convert("RGBA")  # the same colours; Pillow warns when this step is left out
+            return upright.convert("RGB")  # IDEFICS3-FILE-002
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else _reason(error)
         raise ImageError(f"{trouble}: {reason}") from error

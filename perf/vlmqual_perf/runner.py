@@ -300,7 +300,7 @@ class _Bench:
         if scenario.id not in self._inputs:
             return 2048
         length = self._inputs[scenario.id]["input_ids"].shape[1] + scenario.new_tokens + HEADROOM
-        return max(2048, 1 << (length - 1).bit_length())
+        return max(2048, 2 ** int(length - 1).bit_length())
 
     def _tensors(self, scenario: Scenario) -> Inputs:
         if scenario.id not in self._inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmqual_contract.records import Measurement
-from vlmqual_perf.replay import clock
+from vlmqual_perf import replay
 
 
 def test_cell(row: Measurement, benchmark: Any) -> None:
@@ -22,5 +22,5 @@ def test_cell(row: Measurement, benchmark: Any) -> None:
         shape=dict(row.shape),
         tokens_digest=row.tokens_digest,
     )
-    clock.load(values)
+    replay.load(values)
     benchmark.pedantic(lambda: None, rounds=len(values), iterations=1, warmup_rounds=0)

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from truth_target import SECONDS
+
+from vlmqual_contract import cli
+from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE
+from vlmqual_contract.records import runs
+
+TRUTH = f"{Path(__file__).with_name('truth_target.py')}:Truth"
+QUICK = ["--suite", "idefics3-photo", "--repeats", "5", "--cell-seconds", "0.05"]
+
+
+def perf(tmp_path, *arguments, target=TRUTH):
+    return cli.main(["perf", "--target", target, "--results", str(tmp_path / "results"), *QUICK, *arguments])
+
+
+def rows(tmp_path):
+    (run,) = runs(tmp_path / "results")
+    return run, {row.case.removeprefix("idefics3-photo/"): row for row in run.measurements}
+
+
+def test_every_phase_takes_at_least_the_time_that_its_work_takes(tmp_path):
+    assert perf(tmp_path) == EXIT_OK
+    run, found = rows(tmp_path)
+    assert run.complete
+    assert set(found) == {f"{phase}/tp1" for phase in ("load", "preprocess", "vision", "prefill", "decode", "ttft")}
+    whole = SECONDS["preprocess"] + SECONDS["vision"] + SECONDS["prefill"]
+    for phase, least in {**SECONDS, "ttft": whole}.items():
+        values = [value for steps in found[f"{phase}/tp1"].values_s for value in steps]
+        assert min(values) >= least, f"{phase} was measured shorter than it slept: work was left outside the interval"
+
+
+def test_measured_values_are_what_the_target_wrote_down_itself(tmp_path):
+    log = tmp_path / "log"
+    assert perf(tmp_path, "--phases", "decode", target=f"{TRUTH}:log={log}") == EXIT_OK
+    _, found = rows(tmp_path)
+    slept = [row["seconds"] for row in map(json.loads, log.read_text().splitlines()) if row["phase"] == "decode"]
+    cell = found["decode/tp1"]
+    steps = [value for steps in (*cell.warmup_s, *cell.values_s) for value in steps]
+    assert len(steps) == len(slept), "every decode step of the target is one recorded value, warm-up included"
+    outside = np.array(steps) - np.array(slept)
+    assert (outside >= 0).all(), "an interval cannot be shorter than the sleep inside it"
+
+
+def test_the_slowest_rank_is_the_value_of_a_step(tmp_path):
+    assert perf(tmp_path, "--tp", "1,2", "--phases", "prefill,decode", "--threads", "1") == EXIT_OK
+    _, found = rows(tmp_path)
+    for phase in ("prefill", "decode"):
+        row = found[f"{phase}/tp2"]
+        assert min(min(steps) for steps in row.values_s) >= 3 * SECONDS[phase], "rank 1 takes three times as long"
+        assert row.checks["processes"] == 2
+        assert row.checks["threads"] == found[f"{phase}/tp1"].checks["threads"] == 1
+        assert row.checks["tp1_tokens_equal"]
+        assert row.checks["tp1_error"] <= row.checks["tp1_budget"]
+        assert row.tokens_digest == found[f"{phase}/tp1"].tokens_digest != ""
+
+
+@pytest.mark.parametrize(("bad", "sentence"), [("logits", "from TP=1's"), ("tokens", "TP=1's")])
+def test_a_split_that_computes_something_else_fails_its_cells(tmp_path, capsys, bad, sentence):
+    assert perf(tmp_path, "--tp", "1,2", "--phases", "decode", target=f"{TRUTH}:bad={bad}") == EXIT_FAILED
+    _, found = rows(tmp_path)
+    assert found["decode/tp1"].state != "failed"
+    assert found["decode/tp2"].state == "failed"
+    assert sentence in found["decode/tp2"].reason
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_an_impossible_size_stops_everything_with_the_targets_sentence(tmp_path, capsys):
+    assert perf(tmp_path, "--tp", "1,3") == EXIT_USAGE
+    assert "8 attention heads do not divide by 3" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists(), "nothing may be measured before all sizes are known to be possible"
+
+
+def test_tokens_that_change_between_repetitions_fail_the_cell(tmp_path):
+    assert perf(tmp_path, "--phases", "decode", target=f"{TRUTH}:bad=unsteady-tokens") == EXIT_FAILED
+    _, found = rows(tmp_path)
+    assert "different tokens" in found["decode/tp1"].reason
+
+
+def test_a_device_that_gets_slower_and_slower_is_not_steady(tmp_path):
+    assert perf(tmp_path, "--phases", "prefill", target=f"{TRUTH}:bad=drift") == EXIT_OK
+    _, found = rows(tmp_path)
+    assert found["prefill/tp1"].state == "not-steady"
+
+
+def test_a_crash_fails_its_cells_and_the_others_are_measured(tmp_path):
+    assert perf(tmp_path, target=f"{TRUTH}:bad=crash") == EXIT_FAILED
+    run, found = rows(tmp_path)
+    assert run.complete, "a failed cell is a result, not a gap"
+    assert {name for name, row in found.items() if row.state == "failed"} == {"prefill/tp1", "decode/tp1", "ttft/tp1"}
+    assert "exit status 9" in found["prefill/tp1"].reason
+
+
+def test_an_emulated_target_is_refused_unless_rehearsed_and_then_marked(tmp_path, capsys):
+    assert perf(tmp_path, "--phases", "prefill", target=f"{TRUTH}:bad=emulated") == EXIT_USAGE
+    assert "emulated" in capsys.readouterr().err
+    assert perf(tmp_path, "--phases", "prefill", "--rehearse", target=f"{TRUTH}:bad=emulated") == EXIT_OK
+    run, found = rows(tmp_path)
+    assert found["prefill/tp1"].checks["rehearsal"] is True
+    assert run.header.plan["rehearsal"] is True
+
+
+def test_pytest_benchmark_gets_exactly_the_measured_values(tmp_path, capsys):
+    path = tmp_path / "deep" / "benchmark.json"
+    assert perf(tmp_path, "--phases", "prefill,decode", "--benchmark-json", str(path)) == EXIT_OK
+    _, found = rows(tmp_path)
+    written = {item["extra_info"]["phase"]: item for item in json.loads(path.read_text())["benchmarks"]}
+    assert set(written) == {"prefill", "decode"}
+    for phase, item in written.items():
+        values = [value for steps in found[f"{phase}/tp1"].values_s for value in steps]
+        assert item["stats"]["data"] == values
+        assert item["stats"]["median"] == pytest.approx(float(np.median(values)), rel=1e-12)
+        assert item["stats"]["rounds"] == len(values)
+    assert "Outliers" in capsys.readouterr().out, "the table of pytest-benchmark has to be shown"
+
+
+def test_a_killed_run_goes_on_with_the_cells_that_are_missing(tmp_path):
+    arguments = [
+        "--results",
+        str(tmp_path / "results"),
+        "--suite",
+        "idefics3-photo",
+        "--phases",
+        "load,preprocess,decode",
+    ]
+    command = [sys.executable, "-m", "vlmqual_contract.cli", "perf", "--target", TRUTH, *arguments]
+    process = subprocess.Popen([*command, "--cell-seconds", "5"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = list(runs(tmp_path / "results", quiet=True)) if (tmp_path / "results").is_dir() else []
+        if found and found[0].measurements:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (killed,) = runs(tmp_path / "results")
+    assert not killed.complete
+    before = {row.case: row for row in killed.measurements}
+    assert before, "the run was killed before its first cell was done"
+    again = subprocess.run([*command, "--cell-seconds", "5"], capture_output=True, text=True, check=False)
+    assert again.returncode == EXIT_OK, again.stderr
+    assert "measured before and are kept" in again.stdout
+    (run,) = runs(tmp_path / "results")
+    assert run.complete
+    assert len(run.measurements) == 3
+    for case, row in before.items():
+        assert {r.case: r for r in run.measurements}[case] == row, "finished cells must be kept as they were"
+
+
+def test_an_interrupt_says_how_to_go_on_and_ends_with_its_own_code(tmp_path):
+    arguments = ["--results", str(tmp_path / "results"), "--suite", "idefics3-photo", "--cell-seconds", "30"]
+    command = [sys.executable, "-m", "vlmqual_contract.cli", "perf", "--target", TRUTH, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "results").glob("*.jsonl")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INCOMPLETE, err
+    assert "the same command goes on" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tp", "one"], "no list of numbers"),
+        (["--tp", "0"], "positive"),
+        (["--phases", "dream"], "phases are load"),
+        (["--threads", "0"], "--threads 0"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--checkpoint", "nowhere"], "no config.json"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(tmp_path, capsys, arguments, sentence):
+    assert perf(tmp_path, *arguments) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_dry_run_lists_the_cells_and_starts_nothing(tmp_path, capsys):
+    assert perf(tmp_path, "--tp", "1,2", "--dry-run", target="no-such-target") == EXIT_OK
+    text = capsys.readouterr().out
+    assert "12 cells" in text
+    assert "idefics3-photo/decode/tp2" in text
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlmqual_perf.judge import Reference, compare, error, wider
+from vlmqual_perf.statistics import deviation, drifts, interval, medians, resolution, steady
+
+
+def test_windows_that_agree_within_five_per_cent_are_steady():
+    assert steady([9, 9, 9, 1.00, 1.00, 1.00, 1.04, 1.04, 1.04], 3)
+    assert not steady([1.00, 1.00, 1.00, 1.06, 1.06, 1.06], 3)
+    assert not steady([1.0] * 5, 3), "two whole windows are needed"
+
+
+def test_one_outlier_does_not_unsettle_a_window():
+    assert steady([1.0, 1.0, 1.0, 1.0, 50.0, 1.0], 3)
+
+
+def test_a_rising_series_drifts_and_a_flat_noisy_one_does_not():
+    assert drifts(np.linspace(1.0, 2.0, 20))
+    assert not drifts(1.0 + 0.01 * np.random.Generator(np.random.PCG64(1)).standard_normal(40))
+    assert not drifts([1.0, 2.0, 3.0])
+
+
+def test_the_median_absolute_deviation_is_the_hand_made_one():
+    assert deviation([1.0, 2.0, 4.0, 8.0, 100.0]) == 3.0
+
+
+def test_the_interval_holds_the_median_and_narrows_with_more_values():
+    values = np.random.Generator(np.random.PCG64(7)).lognormal(0.0, 0.3, 400)
+    low, high = interval(values)
+    assert low <= np.median(values) <= high
+    assert resolution(values) < resolution(values[:10])
+    assert resolution([2.0] * 9) == 0.0
+
+
+def test_a_nominal_interval_covers_the_true_median_about_as_often_as_it_says():
+    draws = np.random.Generator(np.random.PCG64(3))
+    hits = sum(low <= 1.0 <= high for low, high in (interval(draws.lognormal(0.0, 0.2, 30)) for _ in range(200)))
+    assert 175 <= hits <= 199, f"a 95 % interval held the true median in {hits} of 200 samples"
+
+
+def test_a_repetition_is_the_median_of_its_steps():
+    assert medians([[1.0, 2.0, 9.0], [4.0]]).tolist() == [2.0, 4.0]
+
+
+def reference(budget: float | None = 0.1) -> Reference:
+    return Reference(np.zeros((1, 2), np.int64), "digest", np.ones((2, 1, 4)), budget, "test")
+
+
+def test_the_error_is_the_worst_vectors_distance_by_golds_scale():
+    gold = np.array([[3.0, 4.0], [0.0, 5.0]])  # both vectors have norm 5
+    assert error(gold + np.array([[0.0, 0.0], [0.0, 1.0]]), gold) == pytest.approx(0.2)
+    assert error(gold * np.nan, gold) == float("inf")
+    assert error(gold[:1], gold) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("logits", "digest", "dtype", "sentence"),
+    [
+        (1.0, "digest", "float32", ""),
+        (1.05, "digest", "float32", ""),
+        (1.2, "digest", "float32", "2 times the budget"),
+        (np.nan, "digest", "float32", "not finite"),
+        (1.0, "other", "float32", "tokens differ"),
+        (1.0, "other", "bfloat16", ""),
+    ],
+)
+def test_a_size_is_judged_by_logits_and_in_exact_dtypes_by_tokens(logits, digest, dtype, sentence):
+    checks, wrong = compare(reference(), np.full((2, 1, 4), logits), digest, dtype)
+    assert sentence in wrong
+    assert bool(sentence) == bool(wrong)
+    assert checks["tp1_tokens_equal"] == (digest == "digest")
+
+
+def test_the_wider_target_is_the_same_one_in_float64():
+    assert wider("eager") == "eager:dtype=float64"
+    assert wider("eager:device=cuda,dtype=bfloat16") == "eager:device=cuda,dtype=float64"
+    assert wider("dir/my.py:Mine:a=1") == "dir/my.py:Mine:a=1,dtype=float64"

@@ -1,0 +1,130 @@
+"""A target that does nothing but take known time, and writes down how much it really took.
+
+Work is asynchronous: a call only books it, and `synchronize` waits for it, as on a device with a queue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from vlmqual_contract.errors import UsageError
+from vlmqual_contract.target import Capability, Info
+
+VOCABULARY = 13
+SECONDS = {"preprocess": 0.002, "vision": 0.003, "prefill": 0.004, "decode": 0.001}
+
+
+class TruthFeatures:
+    dtype = "float32"
+
+    def arrays(self):
+        return {}
+
+    def taps(self):
+        return {}
+
+
+class TruthStep:
+    dtype = "float32"
+
+    def __init__(self, session, state):
+        self.session, self.state = session, state
+
+    def tokens(self):
+        self.session.synchronize()
+        return self.state % VOCABULARY
+
+    def logits(self, all_positions=False):
+        self.session.synchronize()
+        rows = np.eye(VOCABULARY, dtype=np.float64)[self.state % VOCABULARY]
+        noise = 1e-7 if self.session.dtype == "float32" else 0.0
+        error = 1e-3 if self.session.bad == "logits" and self.session.tp > 1 else 0.0
+        return rows * (1.0 + noise) + error
+
+    def taps(self):
+        return {}
+
+
+class TruthSession:
+    def __init__(self, target, tp):
+        self.bad, self.dtype, self.log, self.tp = target.bad, target.dtype, target.log, tp
+        self.rank = int(os.environ["RANK"])
+        self.booked: list[tuple[str, float]] = []
+        self.calls = 0
+
+    def book(self, phase):
+        self.calls += 1
+        slow = 3.0 if self.rank == 1 else 1.0
+        drift = 1.0 + 0.4 * self.calls if self.bad == "drift" else 1.0
+        self.booked.append((phase, SECONDS[phase] * slow * drift))
+
+    def synchronize(self):
+        for phase, seconds in self.booked:
+            start = time.perf_counter()
+            time.sleep(seconds)
+            if self.log:
+                with Path(self.log).open("a") as file:
+                    row = {"phase": phase, "rank": self.rank, "seconds": time.perf_counter() - start}
+                    file.write(json.dumps(row) + "\n")
+        self.booked = []
+
+    def preprocess(self, prompts):
+        self.book("preprocess")
+        self.synchronize()
+        ids = np.array([[1, 598, 598, len(p.text)] for p in prompts], dtype=np.int64)
+        pixels = np.ones((len(prompts), 1, 3, 2, 2), np.float32)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
+
+    def vision(self, inputs):
+        self.book("vision")
+        return TruthFeatures()
+
+    def prefill(self, inputs, features=None):
+        if self.bad == "crash":
+            os._exit(9)
+        self.book("prefill")
+        return TruthStep(self, np.asarray(inputs["input_ids"]).sum(axis=1))
+
+    def decode(self, step, tokens=None):
+        self.book("decode")
+        state = step.state + (step.state % VOCABULARY if tokens is None else tokens) + 1
+        if self.bad == "tokens" and self.tp > 1:
+            state = state + 1
+        if self.bad == "unsteady-tokens":
+            state = state + self.calls
+        return TruthStep(self, state)
+
+
+class Truth:
+    def __init__(self, dtype="float32", bad="", log=""):
+        if dtype not in ("float32", "float64"):
+            raise UsageError(f"dtype {dtype} is unknown")
+        self.bad, self.dtype, self.log = bad, dtype, log
+        self.info = Info(
+            name="truth",
+            version="1",
+            device="clock",
+            runtime="sleep",
+            dtype=dtype,
+            capabilities=frozenset(set(Capability) - {Capability.TAPS}),
+            families=("idefics3",),
+            processes="per-rank",
+            emulated=bad == "emulated",
+        )
+
+    def check(self, model, options):
+        if options.tp == 3:
+            raise UsageError("text_config: 8 attention heads do not divide by 3 ranks")
+
+    @contextmanager
+    def open(self, model, options):
+        yield TruthSession(self, options.tp)
+
+    def probe(self, name, shape, dtype):
+        return 1.0
