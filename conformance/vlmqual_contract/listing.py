@@ -21,8 +21,8 @@ class _Command:
         print("targets (use as kind[:key=value,...], or path/to/adapter.py:Name):")
         for name, point in installed(TARGETS).items():
             try:
-                options = [str(item) for item in inspect.signature(point.load()).parameters.values()]
-                print(f"  {name:<16}{', '.join(item.replace(': str', '') for item in options) or 'no options'}")
+                options = inspect.signature(point.load()).parameters.values()
+                print(f"  {name:<16}{', '.join(map(_shown, options)) or 'no options'}")
             except ImportError as error:
                 print(f"  {name:<16}not available: {error}")
         print("libraries:")
@@ -31,6 +31,10 @@ class _Command:
         print("capabilities:")
         print("  " + ", ".join(Capability))
         return EXIT_OK
+
+
+def _shown(option: inspect.Parameter) -> str:
+    return option.name if option.default in (option.empty, "") else f"{option.name}={option.default}"
 
 
 command = _Command()

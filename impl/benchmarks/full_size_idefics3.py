@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def run_full(seed: int) -> int:
     step = timed(f"prefill {length} tokens", lambda: runtime.prefill(inputs, features, max_length=length + 2))
     for index in (1, 2):
         tokens = step.logits.argmax(-1)
-        step = timed(f"decode step {index}", lambda step=step, tokens=tokens: runtime.decode(step, tokens))
+        step = timed(f"decode step {index}", partial(runtime.decode, step, tokens))
     finite = bool(torch.isfinite(step.logits).all())
     print(f"logits {tuple(step.logits.shape)} {step.logits.dtype}, {'finite' if finite else 'NOT FINITE'}")
     return 0 if finite and len(storages) == tensors else 1
@@ -141,24 +142,26 @@ def reference_logits(directory: Path, dtype: torch.dtype, inputs: dict[str, Tens
         return scaled
 
     if dtype == torch.float64:
-        nn.functional.softmax = lambda x, dim, dtype=None: softmax(x, dim=dim)  # type: ignore[assignment]
-        modeling_llama.LlamaRMSNorm.forward = norm
+        setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))  # noqa: B010
+        setattr(modeling_llama.LlamaRMSNorm, "forward", norm)  # noqa: B010
     try:
-        model = transformers.Idefics3ForConditionalGeneration.from_pretrained(
+        model: Any = transformers.Idefics3ForConditionalGeneration.from_pretrained(
             directory, torch_dtype=dtype, attn_implementation="eager", low_cpu_mem_usage=True
-        ).eval()
+        )
         with torch.no_grad():
-            logits: Tensor = model(**inputs).logits
+            logits: Tensor = model.eval()(**inputs).logits
         return logits.double()
     finally:
-        nn.functional.softmax, modeling_llama.LlamaRMSNorm.forward = softmax, forward
+        setattr(nn.functional, "softmax", softmax)  # noqa: B010
+        setattr(modeling_llama.LlamaRMSNorm, "forward", forward)  # noqa: B010
 
 
 def our_logits(directory: Path, dtype: torch.dtype, inputs: dict[str, Tensor], attention: str) -> Tensor:
     """Logits of the bundled model."""
     model = Idefics3ForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
-        return model(**inputs).logits.double()
+        found: Tensor = model(**inputs).logits.double()
+    return found
 
 
 def save_random(config: Idefics3Config, seed: int, directory: Path) -> None:
@@ -184,13 +187,13 @@ def run_cut(layers: int, seed: int, directory: Path) -> int:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         gc.collect()
-        theirs = timed(f"transformers {name}", lambda dtype=dtype: reference_logits(directory, dtype, inputs))
+        theirs = timed(f"transformers {name}", partial(reference_logits, directory, dtype, inputs))
         noise = float((theirs - gold).abs().max() / largest)
         for attention in ("eager", "sdpa"):
             gc.collect()
             mine = timed(
                 f"bundled {name} {attention}",
-                lambda dtype=dtype, attention=attention: our_logits(directory, dtype, inputs, attention),
+                partial(our_logits, directory, dtype, inputs, attention),
             )
             error = float((mine - gold).abs().max() / largest)
             worst = error / (2 * noise)

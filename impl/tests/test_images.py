@@ -221,7 +221,8 @@ def test_only_a_single_tile_has_no_grid(size: tuple[int, int], wanted: tuple[int
 def test_resizing_is_pillow_s() -> None:
     source = Image.fromarray(_noise(30, 40))
     assert np.array_equal(
-        np.asarray(images.resize(source, (17, 23), LANCZOS)), np.asarray(source.resize((23, 17), Image.LANCZOS))
+        np.asarray(images.resize(source, (17, 23), LANCZOS)),
+        np.asarray(source.resize((23, 17), Image.Resampling.LANCZOS)),
     )
 
 

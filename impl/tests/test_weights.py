@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration, Idefics3Model
+from vlmqual_impl.checkpoints import CheckpointError, locate
 from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.models import idefics3
 from vlmqual_impl.tp import shard
-from vlmqual_impl.weights import CheckpointError, load, locate, save, shard_bytes, ties_head
+from vlmqual_impl.weights import load, save, shard_bytes, ties_head
 
 PARTS: dict[str, Any] = {
     "image_token_id": 60,

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
+from vlmqual_impl.checkpoints import locate
+
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -223,8 +225,6 @@ def read_config(place: str | Path) -> dict[str, Any]:
     if path.is_file():
         return read_json(path)
     if not path.is_dir():
-        from vlmqual_impl.weights import locate
-
         path = locate(str(place), patterns=("config.json",))
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: there is no config.json in this directory")

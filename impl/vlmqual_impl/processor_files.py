@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmqual_impl.checkpoints import locate
+
 IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -25,8 +27,6 @@ def located(place: str | Path, kwargs: dict[str, Any]) -> tuple[Path, dict[str, 
     options = {key: value for key, value in kwargs.items() if key not in (*_HUB, *_WITHOUT_EFFECT)}
     if Path(place).is_dir():
         return Path(place), options
-    from vlmqual_impl.weights import locate  # brings torch, which a local directory does not need
-
     hub = {key: value for key, value in kwargs.items() if key in _HUB}
     return locate(place, patterns=_FILES, **hub), options
 

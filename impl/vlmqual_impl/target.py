@@ -129,9 +129,9 @@ class EagerTarget:
 
     def _checked(self, model: Model, options: Options) -> tuple[Path, dict[str, Any], Idefics3Config]:
         from vlmqual_impl import tp
+        from vlmqual_impl.checkpoints import locate
         from vlmqual_impl.configs import Idefics3Config, config_for, read_config
         from vlmqual_impl.models import idefics3
-        from vlmqual_impl.weights import locate
 
         if model.family not in self.info.families:
             raise UsageError(f"family {model.family!r} cannot be opened; known is {', '.join(self.info.families)}")

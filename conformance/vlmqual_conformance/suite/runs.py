@@ -12,6 +12,7 @@ import pytest
 from vlmqual_conformance.goldens import Golden, goldens
 from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import EXACT, FACTOR, BadAnswer, Judge, length
+from vlmqual_conformance.subjects import TargetKeeper
 from vlmqual_contract.remote import RemoteFeatures, RemoteSession, RemoteStep
 from vlmqual_contract.target import Array, FloatArray, Info, IntArray
 
@@ -48,6 +49,16 @@ def forced(
         logits.append(step.logits())
         own.append(_tokens(step))
     return Forced(np.stack(logits), np.stack(own))
+
+
+def forced_run(keeper: TargetKeeper, session: RemoteSession, golden: Golden) -> Forced:
+    """The run of a golden case under its own tokens; it is kept, so that only the first test of several waits for it."""
+    key = ("forced", golden.name)
+    if key not in keeper.memory:
+        keeper.memory[key] = forced(session, golden.text, golden.features, golden.tokens)
+    kept = keeper.memory[key]
+    assert isinstance(kept, Forced)
+    return kept
 
 
 def free(session: RemoteSession, text: Mapping[str, Array], features: Features, steps: int) -> IntArray:

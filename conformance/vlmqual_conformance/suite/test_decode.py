@@ -13,23 +13,13 @@ from vlmqual_contract.remote import RemoteSession
 from vlmqual_contract.target import Info
 
 
-def forced_run(keeper: TargetKeeper, session: RemoteSession, case: Golden) -> runs.Forced:
-    """One run for all tests of a case; it is kept, so that only the first test waits for it."""
-    key = ("forced", case.name)
-    if key not in keeper.memory:
-        keeper.memory[key] = runs.forced(session, case.text, case.features, case.tokens)
-    kept = keeper.memory[key]
-    assert isinstance(kept, runs.Forced)
-    return kept
-
-
 @requirement("IDEFICS3-DEC-001")
 @pytest.mark.parametrize("case", runs.cases())
 def test_logits_of_every_forced_step(
     keeper: TargetKeeper, session: RemoteSession, info: Info, judge: Judge, case: Golden
 ) -> None:
     demand(info, case.needs())
-    runs.compare_steps(judge, forced_run(keeper, session, case), case, info)
+    runs.compare_steps(judge, runs.forced_run(keeper, session, case), case, info)
     judge.verdict()
 
 
@@ -40,7 +30,7 @@ def test_greedy_tokens_of_forced_steps_are_golds(
 ) -> None:
     demand(info, case.needs())
     runs.exact_only(info)
-    runs.same_tokens(forced_run(keeper, session, case).tokens[:-1], case, info)
+    runs.same_tokens(runs.forced_run(keeper, session, case).tokens[:-1], case, info)
 
 
 @requirement("IDEFICS3-DEC-002")

@@ -96,6 +96,7 @@ def test_the_model_knows_its_image_token(idefics3: Idefics3Objects) -> None:
 def test_attention_weights_are_returned_for_each_text_layer(idefics3: Idefics3Objects, name: str) -> None:
     made = getattr(idefics3, name).call("", output_attentions=True, **arguments(input_ids=TEXT))
     weights = made.get("attentions")
+    assert weights is not None, "output_attentions=True returns none"
     assert [item.shape for item in weights] == [(1, HEADS, 8, 8)] * LAYERS
     for item in weights:
         np.testing.assert_allclose(item.sum(-1), 1, atol=1e-5)
@@ -108,6 +109,7 @@ def test_attention_weights_are_returned_for_each_text_layer(idefics3: Idefics3Ob
 def test_hidden_states_are_those_of_the_embedding_and_of_each_layer(idefics3: Idefics3Objects, name: str) -> None:
     made = getattr(idefics3, name).call("", output_hidden_states=True, **arguments(input_ids=TEXT))
     states = made.get("hidden_states")
+    assert states is not None, "output_hidden_states=True returns none"
     assert [item.shape for item in states] == [(1, 8, WIDTH)] * (LAYERS + 1)
     table = idefics3.model.call("get_input_embeddings").get("weight")
     close(states[0], table[TEXT], "the first hidden state is the embedding")
@@ -194,6 +196,7 @@ def test_use_cache_decides_whether_a_cache_is_returned(idefics3: Idefics3Objects
     model = getattr(idefics3, name)
     assert model.call("", use_cache=False, **arguments(input_ids=TEXT)).get("past_key_values") is None
     cache = model.call("", use_cache=True, **arguments(input_ids=TEXT)).get("past_key_values")
+    assert isinstance(cache, Handle), "use_cache=True returns no cache object"
     assert cache.call("get_seq_length") == 8
 
 
@@ -326,7 +329,9 @@ def test_image_features_can_be_given_instead_of_pixels(idefics3: Idefics3Objects
 def test_image_features_have_one_entry_for_each_real_frame(idefics3: Idefics3Objects, name: str) -> None:
     ids = np.concatenate([np.pad(prompt(1), ((0, 0), (0, FRAME_TOKENS + 1)), constant_values=578), prompt(2)])
     pixels = np.concatenate([frames(1, 2), frames(2, seed=1)])
-    made = run(getattr(idefics3, name), input_ids=ids, attention_mask=(ids != 578).astype(np.int64), pixel_values=pixels)
+    made = run(
+        getattr(idefics3, name), input_ids=ids, attention_mask=(ids != 578).astype(np.int64), pixel_values=pixels
+    )
     assert array(made, "image_hidden_states").shape == (3, FRAME_TOKENS, WIDTH)
 
 

@@ -54,10 +54,11 @@ def test_logits_of_a_prompt_on_two_ranks_are_those_on_one(
 @requirement("IDEFICS3-TP-003")
 @pytest.mark.parametrize("case", runs.cases(chosen))
 def test_forced_steps_on_two_ranks_are_those_on_one(
-    session: RemoteSession, ranks: RemoteSession, info: Info, judge: Judge, case: Golden
+    keeper: TargetKeeper, session: RemoteSession, ranks: RemoteSession, info: Info, judge: Judge, case: Golden
 ) -> None:
     demand(info, case.needs() | {Capability.FORCED_TOKENS})
-    one, two = (runs.forced(each, case.text, case.features, case.tokens) for each in (session, ranks))
+    one = runs.forced_run(keeper, session, case)
+    two = runs.forced(ranks, case.text, case.features, case.tokens)
     noise = runs.steps_noise(case, info)
     runs.same_steps(judge, "two ranks, one", two.logits, one.logits, (noise, noise))
     judge.verdict()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmqual_impl import weights
+from vlmqual_impl.checkpoints import locate
 from vlmqual_impl.configs import PretrainedConfig, config_for, read_config, read_json
 from vlmqual_impl.generate import GenerationConfig, Streamer, generate, with_defaults
 from vlmqual_impl.runtime.base import Runtime
@@ -175,7 +176,7 @@ class PreTrainedModel(nn.Module):
         """
         chosen = _options(cls.__name__, kwargs)
         hub = {key: chosen[key] for key in ("revision", "cache_dir", "local_files_only", "token") if key in chosen}
-        directory = weights.locate(pretrained_model_name_or_path, **hub)
+        directory = locate(pretrained_model_name_or_path, **hub)
         if config is None:
             values = read_config(directory)
             config = cls.config_class.from_dict(values)
@@ -392,7 +393,7 @@ class AutoModelForVision2Seq:
         from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
 
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "local_files_only", "token")}
-        directory = weights.locate(pretrained_model_name_or_path, **hub)
+        directory = locate(pretrained_model_name_or_path, **hub)
         classes: dict[str, type[PreTrainedModel]] = {"idefics3": Idefics3ForConditionalGeneration}
         kind = config_for(read_config(directory)).model_type
         return classes[kind].from_pretrained(directory, **kwargs)
