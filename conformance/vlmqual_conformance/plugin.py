@@ -314,6 +314,7 @@ class Conductor:
                 "fixtures": fixtures.digest(),
                 "suite": catalogue.digest(extra),
                 "select": self.plan.keyword,
+                "threads": subjects.THREADS,
                 "calibration": any(goldens.makers(family).get(name) == version for family in families),
                 "budget": f"{policy.FACTOR:g} x the noise of the worst honest arm",
             },

@@ -23,6 +23,8 @@ from vlmqual_contract.target import Capability, Info, Model, Options
 #: Cache positions, enough for the longest golden case and its 16 steps; rows of the widest golden case.
 MAX_LENGTH = 2048
 ROWS = 2
+#: Compute threads of every worker: the models are tiny, and sums come in the same order on every machine.
+THREADS = 1
 #: After so many hung cases in a row no further case of a target is tried; each would take its whole time limit.
 PATIENCE = 5
 TINY = {"idefics3": "idefics3-tiny"}
@@ -61,7 +63,7 @@ class TargetKeeper:
             raise TargetHung(f"not tried: the target hung in each of the {self.hung} cases before")
         if self._target is None or not self._target.alive:
             self._session = self._opened = None
-            self._target = RemoteTarget(self.text, python=self._python, limits=self._limits)
+            self._target = RemoteTarget(self.text, python=self._python, threads=THREADS, limits=self._limits)
         return self._target
 
     def session(self, model: Model, options: Options) -> RemoteSession:
@@ -87,7 +89,7 @@ class TargetKeeper:
         return self._session
 
     def ranks(self, size: int, model: Model, options: Options) -> RemoteSession:
-        """A model opened over `size` ranks with one thread each; started once and kept.
+        """A model opened over `size` ranks; started once and kept.
 
         Raises:
             TargetFailure, UsageError: the ranks do not come up; that is not tried a third time.
@@ -100,7 +102,7 @@ class TargetKeeper:
         if error is not None and times >= 2:
             raise error
         try:
-            target = RemoteTarget(self.text, tp=size, python=self._python, threads=1, limits=self._limits)
+            target = RemoteTarget(self.text, tp=size, python=self._python, threads=THREADS, limits=self._limits)
             self._ranks[size] = (target, target.open(model, options))
         except (TargetFailure, UsageError) as failure:
             self._refused[key] = (times + 1, failure)
@@ -143,7 +145,7 @@ class LibraryKeeper:
         if self.hung >= PATIENCE:
             raise TargetHung(f"not tried: the library hung in each of the {self.hung} cases before")
         if self._process is None or not self._process.alive:
-            self._process = LibraryProcess(self.name, python=self._python, limits=self._limits)
+            self._process = LibraryProcess(self.name, python=self._python, threads=1, limits=self._limits)
         return self._process.library
 
     def ended(self, error: BaseException | None) -> None:

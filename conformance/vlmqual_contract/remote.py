@@ -277,10 +277,19 @@ def _info(data: dict[str, Any]) -> Info:
 
 
 class LibraryProcess:
-    """A library subject in its own process, as a context manager that gives a `RemoteLibrary`."""
+    """A library subject in its own process, as a context manager that gives a `RemoteLibrary`.
 
-    def __init__(self, name: str, *, python: str | None = None, limits: Limits | None = None) -> None:
-        self._group = Group(("--library", name), python=python, limits=limits)
+    Args:
+        name: name of the library.
+        python: interpreter of another environment.
+        threads: compute threads; None leaves the choice to the library.
+        limits: time limits.
+    """
+
+    def __init__(
+        self, name: str, *, python: str | None = None, threads: int | None = None, limits: Limits | None = None
+    ) -> None:
+        self._group = Group(("--library", name), python=python, threads=threads, limits=limits)
         try:
             self.library = RemoteLibrary(self._group.request)
         except BaseException:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,34 +19,49 @@ from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.models import idefics3
 from vlmqual_impl.tp import check, environment, shard
 
-# One rank: a batch padded on both sides, a text-only row, a partly masked frame; prefill and forced decode steps.
+# One process of four. The first two are the ranks of a group of two before all are the ranks of a group of four.
 RANK = """
 import os, sys
+sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
+from ranks_example import run
 torch.set_num_threads(1)
+rank, ports = int(sys.argv[3]), sys.argv[4:]
+for ranks, port in zip((2, 4), ports):
+    if rank < ranks:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        logits = run(sys.argv[2], ranks)
+        if rank == ranks - 1:
+            np.save(os.path.join(sys.argv[1], f"logits-{ranks}.npy"), logits)
+"""
+
+# A batch padded on both sides, a text-only row, a partly masked frame; prefill and forced decode steps.
+EXAMPLE = """
+import numpy as np
 from vlmqual_contract.target import Model, Options
 from vlmqual_impl.target import EagerTarget
-path, ranks, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-rng = np.random.default_rng(0)
-ids = rng.integers(3, 59, (3, 12))
-ids[0, 3:7] = 60
-ids[1, 4:8] = 60
-mask = np.ones((3, 12), np.int64)
-mask[0, :2] = 0
-mask[1, 9:] = 0
-pixels = rng.standard_normal((3, 1, 3, 56, 56)).astype(np.float32)
-pixels[2] = 0
-seen = np.ones((3, 1, 56, 56), np.int64)
-seen[1, 0, :, 28:] = 0
-inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, pixel_attention_mask=seen)
-with EagerTarget(dtype="float64").open(Model(path, "idefics3"), Options(tp=ranks, max_length=16)) as session:
-    step = session.prefill(inputs)
-    logits = [step.logits()]
-    for index in range(3):
-        step = session.decode(step, np.array([5 + index, 9 + index, 11 + index]))
-        logits.append(step.logits())
-if os.environ.get("RANK", "0") == str(ranks - 1):
-    np.save(out, np.stack(logits))
+
+
+def run(path, ranks):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 59, (3, 12))
+    ids[0, 3:7] = 60
+    ids[1, 4:8] = 60
+    mask = np.ones((3, 12), np.int64)
+    mask[0, :2] = 0
+    mask[1, 9:] = 0
+    pixels = rng.standard_normal((3, 1, 3, 56, 56)).astype(np.float32)
+    pixels[2] = 0
+    seen = np.ones((3, 1, 56, 56), np.int64)
+    seen[1, 0, :, 28:] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, pixel_attention_mask=seen)
+    with EagerTarget(dtype="float64").open(Model(path, "idefics3"), Options(tp=ranks, max_length=16)) as session:
+        step = session.prefill(inputs)
+        logits = [step.logits()]
+        for index in range(3):
+            step = session.decode(step, np.array([5 + index, 9 + index, 11 + index]))
+            logits.append(step.logits())
+    return np.stack(logits)
 """
 
 
@@ -71,25 +88,12 @@ def config(**text: int) -> Idefics3Config:
     return Idefics3Config(image_token_id=60, text_config=sizes, vision_config=vision)
 
 
-def run_ranks(directory: Path, ranks: int) -> np.ndarray:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = directory / f"logits-{ranks}.npy"
-    places = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(directory), str(ranks), str(out)],
-            env={**os.environ, **places, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-    for rank, process in enumerate(started):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, f"rank {rank} of {ranks} failed: {errors.decode()[-800:]}"
-    found: np.ndarray = np.load(out)
-    return found
+def free_ports(count: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in held]
 
 
 def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
@@ -98,10 +102,29 @@ def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
     with torch.no_grad():  # biases far from 0: one that is added by every rank has to show
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-    model.save_pretrained(tmp_path)
-    alone = run_ranks(tmp_path, 1)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "ranks_example.py").write_text(EXAMPLE)
+    ports = free_ports(2)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path), str(tmp_path / "model"), str(rank), *ports],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(4)
+    ]
+    example: dict[str, Any] = {}
+    exec(EXAMPLE, example)
+    alone = example["run"](str(tmp_path / "model"), 1)
+    try:
+        for rank, process in enumerate(started):
+            _, errors = process.communicate(timeout=150)
+            assert process.returncode == 0, f"rank {rank} failed: {errors.decode()[-800:]}"
+    finally:
+        for process in started:
+            process.kill()
     for ranks in (2, 4):
-        together = run_ranks(tmp_path, ranks)
+        together = np.load(tmp_path / f"logits-{ranks}.npy")
         error = np.abs(together - alone).max(-1) / np.abs(alone).max(-1)
         for row in range(3):
             assert error[:, row].max() < 1e-12, f"{ranks} ranks differ from one in row {row} by {error[:, row].max()}"

@@ -101,6 +101,41 @@ def test_a_crash_fails_its_cells_and_the_others_are_measured(tmp_path):
     assert "exit status 9" in found["prefill/tp1"].reason
 
 
+def test_larger_sizes_fail_when_the_smallest_gives_nothing_to_compare_with(tmp_path):
+    assert perf(tmp_path, "--tp", "1,2", "--phases", "prefill", target=f"{TRUTH}:bad=crash1") == EXIT_FAILED
+    run, found = rows(tmp_path)
+    assert run.complete
+    assert found["prefill/tp2"].state == "failed"
+    assert "nothing to compare with" in found["prefill/tp2"].reason
+    assert found["prefill/tp2"].values_s, "what was measured is kept although it could not be judged"
+
+
+def test_an_arm_of_nan_leaves_the_comparison_open_and_says_so(tmp_path):
+    assert perf(tmp_path, "--tp", "1,2", "--phases", "decode", target=f"{TRUTH}:bad=nan64") == EXIT_OK
+    _, found = rows(tmp_path)
+    assert found["decode/tp2"].checks["tp1_budget"] is None
+    assert "not finite" in found["decode/tp2"].checks["tp1_budget_source"]
+
+
+def test_a_prompt_longer_than_the_usual_cache_gets_a_larger_one(tmp_path):
+    assert perf(tmp_path, "--phases", "decode", target=f"{TRUTH}:bad=long") == EXIT_OK
+    _, found = rows(tmp_path)
+    assert found["decode/tp1"].shape["prompt_tokens"] == 2400
+
+
+def test_a_time_limit_is_for_one_repetition_not_for_several(tmp_path):
+    assert perf(tmp_path, "--phases", "decode", "--timeout", "1.0", target=f"{TRUTH}:bad=slow") == EXIT_OK
+    _, found = rows(tmp_path)
+    assert sum(map(sum, found["decode/tp1"].values_s)) > 1.0, "the repetitions together have to outlast the limit"
+
+
+def test_an_unwritable_benchmark_file_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert perf(tmp_path, "--benchmark-json", str(tmp_path / "file" / "x.json")) == EXIT_USAGE
+    assert "--benchmark-json" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_an_emulated_target_is_refused_unless_rehearsed_and_then_marked(tmp_path, capsys):
     assert perf(tmp_path, "--phases", "prefill", target=f"{TRUTH}:bad=emulated") == EXIT_USAGE
     assert "emulated" in capsys.readouterr().err
@@ -178,6 +213,7 @@ def test_an_interrupt_says_how_to_go_on_and_ends_with_its_own_code(tmp_path):
         (["--tp", "one"], "no list of numbers"),
         (["--tp", "0"], "positive"),
         (["--phases", "dream"], "phases are load"),
+        (["--phases", ","], "no phase is named"),
         (["--threads", "0"], "--threads 0"),
         (["--repeats", "0"], "--repeats 0"),
         (["--checkpoint", "nowhere"], "no config.json"),

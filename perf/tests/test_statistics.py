@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmqual_perf.judge import Reference, compare, error, wider
+from vlmqual_perf.judge import ROUNDOFF_RATIO, Reference, budgets, compare, error, in_dtype
 from vlmqual_perf.statistics import deviation, drifts, interval, medians, resolution, steady
 
 
@@ -45,8 +45,9 @@ def test_a_repetition_is_the_median_of_its_steps():
     assert medians([[1.0, 2.0, 9.0], [4.0]]).tolist() == [2.0, 4.0]
 
 
-def reference(budget: float | None = 0.1) -> Reference:
-    return Reference(np.zeros((1, 2), np.int64), "digest", np.ones((2, 1, 4)), budget, "test")
+def reference() -> Reference:
+    limits = {"prefill": 0.1, "decode": 0.1}
+    return Reference(np.zeros((1, 2), np.int64), "digest", np.ones((2, 1, 4)), limits, "test")
 
 
 def test_the_error_is_the_worst_vectors_distance_by_golds_scale():
@@ -61,20 +62,42 @@ def test_the_error_is_the_worst_vectors_distance_by_golds_scale():
     [
         (1.0, "digest", "float32", ""),
         (1.05, "digest", "float32", ""),
-        (1.2, "digest", "float32", "2 times the budget"),
+        (1.2, "digest", "float32", "budget of 0.1"),
         (np.nan, "digest", "float32", "not finite"),
         (1.0, "other", "float32", "tokens differ"),
         (1.0, "other", "bfloat16", ""),
     ],
 )
 def test_a_size_is_judged_by_logits_and_in_exact_dtypes_by_tokens(logits, digest, dtype, sentence):
-    checks, wrong = compare(reference(), np.full((2, 1, 4), logits), digest, dtype)
+    checks, wrong = compare(reference(), "decode", np.full((2, 1, 4), logits), digest, dtype)
     assert sentence in wrong
     assert bool(sentence) == bool(wrong)
     assert checks["tp1_tokens_equal"] == (digest == "digest")
 
 
-def test_the_wider_target_is_the_same_one_in_float64():
-    assert wider("eager") == "eager:dtype=float64"
-    assert wider("eager:device=cuda,dtype=bfloat16") == "eager:device=cuda,dtype=float64"
-    assert wider("dir/my.py:Mine:a=1") == "dir/my.py:Mine:a=1,dtype=float64"
+def test_a_wrong_decode_step_is_not_held_against_the_prefill():
+    logits = np.ones((2, 1, 4))
+    logits[1] = 2.0
+    assert compare(reference(), "prefill", logits, "digest", "float32")[1] == ""
+    assert compare(reference(), "ttft", logits, "digest", "float32")[1] == ""
+    assert "decode" in compare(reference(), "decode", logits, "digest", "float32")[1]
+
+
+def test_budgets_are_twice_the_measured_noise_of_each_phase():
+    gold = np.ones((3, 1, 4))
+    own = gold * np.array([1.01, 1.02, 1.0])[:, None, None]
+    assert budgets(own, gold, "bfloat16") == pytest.approx({"prefill": 0.02, "decode": 0.04})
+    scaled = budgets(gold, own, "float64")
+    assert scaled == pytest.approx({"prefill": 0.02 * ROUNDOFF_RATIO, "decode": 0.04 * ROUNDOFF_RATIO})
+
+
+def test_an_arm_that_is_not_finite_gives_no_budget():
+    gold = np.ones((2, 1, 4))
+    assert budgets(gold * np.nan, gold, "float32") == {}
+    assert budgets(gold, gold * np.nan, "float32") == {}
+
+
+def test_the_target_of_the_other_arm_is_the_same_one_in_another_dtype():
+    assert in_dtype("eager", "float64") == "eager:dtype=float64"
+    assert in_dtype("eager:device=cuda,dtype=bfloat16", "float64") == "eager:device=cuda,dtype=float64"
+    assert in_dtype("dir/my.py:Mine:a=1", "float64") == "dir/my.py:Mine:a=1,dtype=float64"

@@ -44,6 +44,8 @@ class TruthStep:
         self.session.synchronize()
         rows = np.eye(VOCABULARY, dtype=np.float64)[self.state % VOCABULARY]
         noise = 1e-7 if self.session.dtype == "float32" else 0.0
+        if self.session.bad == "nan64" and self.session.dtype == "float64":
+            noise = np.nan
         error = 1e-3 if self.session.bad == "logits" and self.session.tp > 1 else 0.0
         return rows * (1.0 + noise) + error
 
@@ -52,8 +54,9 @@ class TruthStep:
 
 
 class TruthSession:
-    def __init__(self, target, tp):
-        self.bad, self.dtype, self.log, self.tp = target.bad, target.dtype, target.log, tp
+    def __init__(self, target, options):
+        self.bad, self.dtype, self.log, self.tp = target.bad, target.dtype, target.log, options.tp
+        self.max_length = options.max_length
         self.rank = int(os.environ["RANK"])
         self.booked: list[tuple[str, float]] = []
         self.calls = 0
@@ -61,6 +64,8 @@ class TruthSession:
     def book(self, phase):
         self.calls += 1
         slow = 3.0 if self.rank == 1 else 1.0
+        if self.bad == "slow":
+            slow = 20.0
         drift = 1.0 + 0.4 * self.calls if self.bad == "drift" else 1.0
         self.booked.append((phase, SECONDS[phase] * slow * drift))
 
@@ -77,7 +82,8 @@ class TruthSession:
     def preprocess(self, prompts):
         self.book("preprocess")
         self.synchronize()
-        ids = np.array([[1, 598, 598, len(p.text)] for p in prompts], dtype=np.int64)
+        length = 2400 if self.bad == "long" else 4
+        ids = np.array([[1, 598, 598, *[len(p.text)] * (length - 3)] for p in prompts], dtype=np.int64)
         pixels = np.ones((len(prompts), 1, 3, 2, 2), np.float32)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
 
@@ -86,8 +92,11 @@ class TruthSession:
         return TruthFeatures()
 
     def prefill(self, inputs, features=None):
-        if self.bad == "crash":
+        if self.bad == "crash" or (self.bad == "crash1" and self.tp == 1):
             os._exit(9)
+        length = np.asarray(inputs["input_ids"]).shape[1] + 16
+        if length > self.max_length:
+            raise ValueError(f"a cache of {self.max_length} positions cannot hold {length}")
         self.book("prefill")
         return TruthStep(self, np.asarray(inputs["input_ids"]).sum(axis=1))
 
@@ -124,7 +133,7 @@ class Truth:
 
     @contextmanager
     def open(self, model, options):
-        yield TruthSession(self, options.tp)
+        yield TruthSession(self, options)
 
     def probe(self, name, shape, dtype):
         return 1.0

@@ -72,6 +72,14 @@ class _Command:
         if args.dry_run:
             _print_plan(plan, threads)
             return EXIT_OK
+        front = Front(
+            args.benchmark_json,
+            args.benchmark_save,
+            args.benchmark_compare,
+            args.benchmark_histogram,
+            args.benchmark_storage,
+        )
+        front.check()
         limits = Limits(call_s=args.timeout)
         info = _check(args, scenarios, sizes, limits)
         header = Header(
@@ -103,13 +111,6 @@ class _Command:
             cell_s=args.cell_seconds,
             checkpoint=args.checkpoint,
             rehearse=args.rehearse,
-        )
-        front = Front(
-            args.benchmark_json,
-            args.benchmark_save,
-            args.benchmark_compare,
-            args.benchmark_histogram,
-            args.benchmark_storage,
         )
         return _measure(plan, settings, Writer.start(args.results, header, fresh=args.fresh), front)
 

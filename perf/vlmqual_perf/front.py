@@ -37,6 +37,21 @@ class Front:
         """True when anything is asked for."""
         return any(value is not None for value in vars(self).values())
 
+    def check(self) -> None:
+        """Fail before anything is measured rather than after.
+
+        Raises:
+            UsageError: the JSON file cannot be written.
+        """
+        if self.json is None:
+            return
+        try:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            with self.json.open("a"):
+                pass
+        except OSError as error:
+            raise UsageError(f"--benchmark-json {self.json}: {error.strerror or error}") from error
+
     def arguments(self) -> list[str]:
         """As pytest's command line."""
         found: list[str] = []
@@ -68,17 +83,15 @@ def show(rows: Sequence[Measurement], front: Front) -> None:
     """Replay measured rows through pytest-benchmark.
 
     Args:
-        rows: rows of a run; those without values are left out.
+        rows: rows of a run; failed ones are left out.
         front: what to do.
 
     Raises:
         UsageError: pytest-benchmark refused the arguments.
     """
-    rows = [row for row in rows if row.values_s]
+    rows = [row for row in rows if row.values_s and row.state != "failed"]
     if not rows:
         raise UsageError("there is no measured cell that pytest-benchmark could show")
-    if front.json is not None:
-        front.json.parent.mkdir(parents=True, exist_ok=True)
     suite = Path(str(resources.files("vlmqual_perf.suite")))
     arguments = ["--pyargs", "vlmqual_perf.suite", "-c", os.devnull, f"--rootdir={suite.parent}", "-q", "--no-header"]
     arguments += ["-p", "no:cacheprovider", "--import-mode=importlib", "--benchmark-timer=vlmqual_perf.replay.clock"]

@@ -2,11 +2,12 @@
 
 The noise is measured in the same run: TP=1 in the declared dtype against TP=1 in float64, with the same tokens. Both TP
 sizes may be that far from the truth, so they may be twice that far from each other. A float64 target has nothing wider
-to be measured against and is held to `FLOAT64_BUDGET`.
+to be measured against: its noise is the float32 arm's, scaled by the ratio of the two roundoffs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,9 @@ import numpy as np
 from vlmqual_contract.discovery import parse
 from vlmqual_contract.target import FloatArray, IntArray
 
-FLOAT64_BUDGET = 1e-12
 MARGIN = 2.0
 EXACT = ("float32", "float64")
+ROUNDOFF_RATIO = float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,21 @@ class Reference:
     Attributes:
         tokens: (B, 1 + steps) greedy tokens.
         digest: of these tokens.
-        logits: (1 + steps, B, V).
-        budget: largest error that another size may have, None when it could not be derived.
-        source: how the budget came about, one sentence.
+        logits: (1 + steps, B, V), the prefill's first.
+        budgets: largest error that another size may have, for "prefill" and "decode"; empty when it is not known.
+        source: how the budgets came about, or why there is none.
     """
 
     tokens: IntArray
     digest: str
     logits: FloatArray
-    budget: float | None
+    budgets: Mapping[str, float]
     source: str
 
 
 def error(x: FloatArray, gold: FloatArray) -> float:
     """Largest distance of a vector over the last axis, by the root-mean-square norm of gold's; infinite for NaN."""
-    if x.shape != gold.shape or not np.isfinite(x).all():
+    if x.shape != gold.shape or not (np.isfinite(x).all() and np.isfinite(gold).all()):
         return float("inf")
     wanted = gold.astype(np.float64)
     scale = float(np.sqrt(np.mean(np.sum(wanted**2, axis=-1))))
@@ -48,18 +49,43 @@ def error(x: FloatArray, gold: FloatArray) -> float:
     return distance / scale if scale else distance
 
 
-def wider(text: str) -> str:
-    """The same target in float64."""
+def part(logits: FloatArray, phase: str) -> FloatArray:
+    """The logits that a phase answers for: the prefill's, or those of every decode step."""
+    return logits[1:] if phase == "decode" else logits[:1]
+
+
+def in_dtype(text: str, dtype: str) -> str:
+    """The same target in another compute dtype."""
     spec = parse(text)
-    options = ",".join(f"{key}={value}" for key, value in {**spec.options, "dtype": "float64"}.items())
+    options = ",".join(f"{key}={value}" for key, value in {**spec.options, "dtype": dtype}.items())
     return f"{spec.file}:{spec.name}:{options}" if spec.file else f"{spec.kind}:{options}"
 
 
-def compare(reference: Reference, logits: FloatArray, digest: str, dtype: str) -> tuple[dict[str, object], str]:
-    """Judge one size.
+def budgets(own: FloatArray, other: FloatArray, dtype: str) -> dict[str, float]:
+    """What another size may differ by, for each phase; empty when one of the arms is not finite.
+
+    Args:
+        own: (1 + steps, B, V) TP=1 in the declared dtype.
+        other: the same in float64; for a float64 target in float32.
+        dtype: the declared dtype.
+    """
+    if dtype == "float64":
+        noise = {phase: ROUNDOFF_RATIO * error(part(other, phase), part(own, phase)) for phase in ("prefill", "decode")}
+    else:
+        noise = {phase: error(part(own, phase), part(other, phase)) for phase in ("prefill", "decode")}
+    if not all(np.isfinite(value) for value in noise.values()):
+        return {}
+    return {phase: MARGIN * value for phase, value in noise.items()}
+
+
+def compare(
+    reference: Reference, phase: str, logits: FloatArray, digest: str, dtype: str
+) -> tuple[dict[str, object], str]:
+    """Judge one phase of one size; the first token of "ttft" is the prefill's.
 
     Args:
         reference: TP=1's answers.
+        phase: "prefill", "decode" or "ttft".
         logits: (1 + steps, B, V) of this size under TP=1's tokens.
         digest: of the tokens that this size generates freely.
         dtype: declared compute dtype; in `EXACT` ones the free tokens have to be equal too.
@@ -67,19 +93,22 @@ def compare(reference: Reference, logits: FloatArray, digest: str, dtype: str) -
     Returns:
         What goes into the measurement, and one sentence when something is wrong ("" when nothing is).
     """
-    found = error(logits, reference.logits)
+    phase = "decode" if phase == "decode" else "prefill"
+    found = error(part(logits, phase), part(reference.logits, phase))
+    budget = reference.budgets.get(phase)
     same = digest == reference.digest
     checks: dict[str, object] = {
         "tp1_error": found if np.isfinite(found) else None,
-        "tp1_budget": reference.budget,
+        "tp1_budget": budget,
         "tp1_budget_source": reference.source,
         "tp1_tokens_equal": same,
     }
     if not np.isfinite(found):
-        return checks, "logits under forced tokens have another shape than TP=1's or are not finite"
-    if reference.budget is not None and found > reference.budget:
+        return checks, f"logits of {phase} under forced tokens have another shape than TP=1's or are not finite"
+    if budget is not None and found > budget:
         return checks, (
-            f"logits under forced tokens are {found:.3g} from TP=1's, {found / reference.budget:.3g} times the budget"
+            f"logits of {phase} under forced tokens are {found:.3g} from TP=1's, "
+            f"more than the {dtype} budget of {budget:.3g}"
         )
     if dtype in EXACT and not same:
         return checks, f"free-running tokens differ from TP=1's although the dtype is {dtype}"

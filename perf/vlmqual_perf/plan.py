@@ -39,6 +39,8 @@ def cells(scenarios: Iterable[Scenario], phases: Sequence[str], sizes: Sequence[
     Raises:
         UsageError: a phase is unknown or a size is not positive.
     """
+    if not phases:
+        raise UsageError(f"no phase is named; phases are {', '.join(PHASES)}")
     if unknown := [phase for phase in phases if phase not in PHASES]:
         raise UsageError(f"phase {unknown[0]!r} is unknown; phases are {', '.join(PHASES)}")
     if wrong := [size for size in sizes if size < 1]:
@@ -88,7 +90,7 @@ def shape_of(scenario: Scenario, inputs: Inputs, config: Mapping[str, object]) -
     return {
         "images": len(scenario.images),
         "tiles": tiles,
-        "image_tokens": int((ids == config.get("image_token_id")).sum(axis=1).max()),
+        "image_tokens": int((ids == config.get("image_token_id", config.get("image_token_index"))).sum(axis=1).max()),
         "prompt_tokens": int(mask.sum(axis=1).max()),
         "padded_tokens": int((mask == 0).sum()),
         "new_tokens": scenario.new_tokens,

@@ -171,12 +171,12 @@ def test_ids_and_masks_of_300_random_images_follow_the_rules(idefics3: Idefics3O
         if left > counts[0]:
             counts.append(min(left - counts[0], int(generator.integers(1, 9))))
         left -= sum(counts)
-        sizes = [generator.integers(4, 220, (count, 2)).tolist() for count in counts]
+        sizes = [generator.integers(5, 220, (count, 2)).tolist() for count in counts]
         texts = [" and ".join([MARK] * count) for count in counts]
         images = [[image(*size) for size in sample] for sample in sizes]
         made = processor.call("", images=images, text=texts, padding=True, return_tensors="np")
         ids, mask = array(made, "input_ids"), array(made, "attention_mask")
-        real = array(made, "pixel_attention_mask").all(axis=(2, 3))
+        real = np.asarray(array(made, "pixel_attention_mask").all(axis=(2, 3)))
         for row, sample in enumerate(sizes):
             where = f"images {sample} (height, width) of seed {seed}"
             grids = [rules.grid((height, width), TILE, EDGE) for height, width in sample]

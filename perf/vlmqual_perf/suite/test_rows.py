@@ -19,6 +19,7 @@ def test_cell(row: Measurement, benchmark: Any) -> None:
         batch=row.batch,
         dtype=row.dtype,
         state=row.state,
+        rehearsal=bool(row.checks.get("rehearsal", False)),
         shape=dict(row.shape),
         tokens_digest=row.tokens_digest,
     )
