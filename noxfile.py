@@ -139,7 +139,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def imports(session: nox.Session) -> None:
-    """Who may import whom (DESIGN: the contracts stand in pyproject.toml)."""
+    """Who may import whom (the contracts stand in pyproject.toml)."""
     session.install("-c", str(CONSTRAINTS), "import-linter", "-e", ".")
     session.run("lint-imports", *session.posargs)
 

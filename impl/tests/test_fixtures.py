@@ -147,7 +147,7 @@ def test_markers_are_one_token_and_tags_are_ordinary_text(tokenizer: Any) -> Non
     ids = vocabulary.token_ids()
     for marker in (vocabulary.IMAGE, vocabulary.FAKE, vocabulary.END_OF_UTTERANCE, vocabulary.PAD):
         assert tokenizer.encode(f"a{marker}b").ids[2] == ids[marker], f"{marker} is not kept whole"
-    for tag in ("<global-img>", "<row_1_col_1>"):  # AMBIGUITIES D10: spread over several ids in the released tokenizer
+    for tag in ("<global-img>", "<row_1_col_1>"):  # spread over several ids, as in the released tokenizer
         assert len(tokenizer.encode(tag).ids) > 2, f"{tag} became one token"
     assert tokenizer.get_vocab_size() == _json(TINY / "config.json")["text_config"]["vocab_size"]
     assert _json(TINY / "config.json")["image_token_id"] == ids[vocabulary.IMAGE]
@@ -170,7 +170,7 @@ def _rendered(messages: list[dict[str, Any]], ask: bool) -> str:
 
 
 def test_chat_template_writes_role_items_and_end_of_utterance() -> None:
-    # AMBIGUITIES C6.
+    # The layout of the released template (IDEFICS3-CARD-003).
     image, words = {"type": "image"}, {"type": "text", "text": "What is it?"}
     assert _rendered([{"role": "user", "content": [image, words]}], True) == (
         "<|begin_of_text|>User:<image>What is it?<end_of_utterance>\nAssistant:"
@@ -322,7 +322,7 @@ def test_greedy_tokens_of_gold_are_varied() -> None:
         assert all(len(set(row.tolist())) >= 4 for row in tokens.T), f"{path.stem}: {tokens.T.tolist()}"
 
 
-# Grids by ALGORITHMS 2.1, worked out by hand: (rows, columns), or (0, 0) for one frame.
+# Grids by the rule of IDEFICS3-IMG-020, worked out by hand: (rows, columns), or (0, 0) for one frame.
 @pytest.mark.parametrize(
     ("image", "checkpoint", "grid"),
     [

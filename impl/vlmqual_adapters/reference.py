@@ -2,7 +2,7 @@
 
 Gold: weights widened to float64, the library's float32 islands (norms, softmax, rotary tables) lifted to float64, and a
 guard that stops at the first result of lesser precision. Only the bucketing of patch positions stays in float32,
-because its rounding decides which position a patch gets (ALGORITHMS 2.4).
+because its rounding decides which position a patch gets (IDEFICS3-VIS-002).
 
 Arms: the same reference as shipped, in one dtype, with its sums taken in another order. They show how far apart honest
 implementations in that dtype are.

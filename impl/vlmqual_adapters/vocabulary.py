@@ -180,7 +180,7 @@ def special_tokens_map() -> dict[str, Any]:
 def chat_template() -> str:
     """The chat template as Jinja: role, colon, items, end-of-utterance and a newline for every message.
 
-    A space follows the colon unless the first item is an image; the generation prompt is `Assistant:` (AMBIGUITIES C6).
+    A space follows the colon unless the first item is an image; the generation prompt is `Assistant:`.
     """
     return (
         "{{ bos_token if bos_token is defined else '<|begin_of_text|>' }}"

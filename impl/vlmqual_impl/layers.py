@@ -42,7 +42,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in at least float32, then times the weight (ALGORITHMS 1)."""
+    """x / sqrt(mean(x^2) + eps) in at least float32, then times the weight (IDEFICS3-TEXT-002)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def attend(
     dropout: float = 0.0,
     weights: list[Tensor] | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention; query head h reads key head h // G (ALGORITHMS 1).
+    """Scaled dot-product attention; query head h reads key head h // G (IDEFICS3-TEXT-005, IDEFICS3-TEXT-007).
 
     Args:
         q: (B, H, S, d).
@@ -182,7 +182,7 @@ def attend(
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (ALGORITHMS 1)."""
+    """down(act(gate(x)) * up(x)) (IDEFICS3-TEXT-006)."""
 
     def __init__(self, width: int, inner: int, act: str, bias: bool) -> None:
         super().__init__()

@@ -106,9 +106,7 @@ def test_pixels_with_the_released_geometry_are_those_of_the_golden(idefics3: Ide
 
 @requirement("IDEFICS3-IMG-022", "IDEFICS3-IMG-047")
 @pytest.mark.parametrize("name", names("low"))
-def test_pixels_of_images_a_few_pixels_high_are_those_of_the_golden(
-    idefics3: Idefics3Objects, name: str
-) -> None:
+def test_pixels_of_images_a_few_pixels_high_are_those_of_the_golden(idefics3: Idefics3Objects, name: str) -> None:
     compare(idefics3.processor.get("image_processor"), name, f"{name}|idefics3-tiny|path")
 
 

@@ -3,7 +3,7 @@
 Legend of shapes: B rows, N image slots of a row, F real frames of the batch, n patches of a side, P = n * n patches,
 L image tokens of a frame, S token positions, K key slots, D width, H heads, d head width, V vocabulary.
 
-Rules are those of ALGORITHMS 1 and 2.4 to 2.6. Taps name hidden states by component: vision.embeddings,
+The rules are IDEFICS3-VIS-* and IDEFICS3-TEXT-*. Taps name hidden states by component: vision.embeddings,
 vision.layers.{i}, vision.post_layernorm, connector, text.embeddings (after the merge), text.layers.{i}, text.norm.
 """
 
@@ -298,7 +298,7 @@ def encode_images(
 
 
 def merge(embeddings: Tensor, image_positions: Tensor, features: Tensor) -> Tensor:
-    """Put image features in place of the image tokens' embeddings, row by row (ALGORITHMS 2.6).
+    """Put image features in place of the image tokens' embeddings, row by row (IDEFICS3-TEXT-001).
 
     Args:
         embeddings: (B, S, D).
