@@ -56,8 +56,9 @@ def with_default(arguments: list[str], option: str, default: list[str]) -> list[
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit tests of all packages."""
-    install(session, "impl,conformance,perf,reports", "hypothesis")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    install(session, "impl,conformance,perf,reports", "hypothesis", "pytest-xdist")
+    # One process for each core, so one compute thread for each process.
+    session.run("pytest", "-n", "auto", *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
 
 
 @nox.session

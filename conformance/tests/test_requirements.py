@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import ast
+import importlib
+import inspect
 import re
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import vlmqual_conformance
 from vlmqual_conformance.failures import load_known
+from vlmqual_conformance.marks import NAME
 from vlmqual_contract.requirement import load_requirements
 
 PACKAGE = Path(vlmqual_conformance.__file__).parent
@@ -17,23 +20,36 @@ DOCUMENTED = PACKAGE / "requirements" / "idefics3.toml"
 AREAS = {"CFG": 25, "MODEL": 33, "LM": 21, "IMG": 51, "PROC": 30, "CARD": 17}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def known_mark(pytestconfig):
+    pytestconfig.addinivalue_line("markers", f"{NAME}: what the suite's tests carry")
+
+
 @pytest.fixture(scope="module")
 def requirements():
     return load_requirements(sorted((PACKAGE / "requirements").glob("*.toml")))
 
 
+@cache
 def marked():
-    """Test name, its arguments and the ids of its marks, of every test in the suite."""
+    """Test name, names of its fixtures and the ids of its marks, of every test in the suite."""
+    found = []
     for path in sorted((PACKAGE / "suite").glob("test_*.py")):
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
-                continue
-            ids = []
-            for decorator in node.decorator_list:
-                for call in ast.walk(decorator):
-                    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "requirement":
-                        ids += [item.value for item in call.args if isinstance(item, ast.Constant)]
-            yield f"{path.name}::{node.name}", [item.arg for item in node.args.args], ids
+        module = importlib.import_module(f"vlmqual_conformance.suite.{path.stem}")
+        for name, test in vars(module).items():
+            if name.startswith("test_"):
+                arguments = set(inspect.signature(test).parameters)
+                found.append((f"{path.name}::{name}", arguments, [*_ids(test.pytestmark)]))
+    return found
+
+
+def _ids(marks):
+    for mark in marks:
+        if mark.name == NAME:
+            yield from mark.args
+        if mark.name == "parametrize":
+            for parameter in mark.args[1]:
+                yield from _ids(getattr(parameter, "marks", ()))
 
 
 def test_every_documented_statement_has_its_requirement():
@@ -53,10 +69,8 @@ def test_no_id_stands_in_two_files():
     assert not [name for name, count in found.items() if count > 1]
 
 
-def test_every_statement_is_one_sentence_with_its_keyword(requirements):
-    for item in requirements.values():
-        if item.id not in load_requirements([DOCUMENTED]):
-            continue
+def test_every_documented_statement_is_one_sentence_with_its_keyword():
+    for item in load_requirements([DOCUMENTED]).values():
         assert len(re.findall(r"\bMUST\b|\bSHOULD\b", item.statement)) >= 1, f"{item.id} has no keyword"
         assert re.search(r"\b(MUST|SHOULD)\b", item.statement)[1] == item.keyword, item.id
         assert item.statement.endswith("."), f"{item.id} is no sentence"
@@ -88,17 +102,10 @@ def test_every_test_cites_requirements_that_exist(requirements):
     assert len(names) > 100
 
 
-def test_every_documented_requirement_has_a_test_that_takes_the_library():
-    documented = load_requirements([DOCUMENTED])
-    cited = {
-        name for _, arguments, ids in marked() for name in ids if {"library", "idefics3", "processor"} & {*arguments}
-    }
-    assert {name for name, item in documented.items() if not item.untested} <= cited | _through_fixtures()
-
-
-def _through_fixtures():
-    """Ids of tests that reach the library through a fixture of their module."""
-    return {name for _, arguments, ids in marked() for name in ids if "default" in arguments}
+def test_requirements_of_a_library_have_a_test_that_takes_the_library(requirements):
+    reached = {"library", "idefics3", "processor", "default"}  # the last three are fixtures that take the first
+    cited = {name for _, arguments, ids in marked() for name in ids if reached & arguments}
+    assert {item.id for item in requirements.values() if item.subject == "library" and not item.untested} <= cited
 
 
 def test_known_failures_of_the_library_name_tests_that_exist():

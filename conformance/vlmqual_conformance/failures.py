@@ -2,7 +2,8 @@
 
 A file in `known/` holds tables `[[failure]]` with `library`, `versions` (a specifier such as ">=5,<6"), `case` (a case
 name in which `*` and `?` stand for anything, or a requirement id), `reason` and `expires` (a date); optionally
-`outcome` ("fail" or "error", by default "fail") and `dtype` (a list of compute dtypes it is limited to).
+`outcome` ("fail" or "error", by default "fail"), and for what shows in some targets only `dtype` (a list of compute
+dtypes) and `runtime` (a pattern of the runtime that the target names).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Outcome
 
 FOLDER = Path(__file__).resolve().parent / "known"
-_KEYS = {"library", "versions", "case", "reason", "expires", "outcome", "dtype"}
+_KEYS = {"library", "versions", "case", "reason", "expires", "outcome", "dtype", "runtime"}
 _REQUIREMENT = re.compile(r"[A-Z0-9]+-[A-Z]+-\d{3}")
 
 
@@ -38,6 +39,7 @@ class Failure:
         expires: last day on which it is tolerated.
         outcome: what is expected.
         dtypes: compute dtypes that it shows in, empty for all.
+        runtime: pattern of runtimes that it shows in, "" for all.
         file: name of the file that it stands in.
     """
 
@@ -48,11 +50,14 @@ class Failure:
     expires: date
     outcome: Outcome = Outcome.FAIL
     dtypes: tuple[str, ...] = ()
+    runtime: str = ""
     file: str = ""
 
-    def concerns(self, library: str, version: str, dtype: str = "") -> bool:
-        """True when this library in this version is known to fail; a library run has no dtype."""
-        if library != self.library or (dtype and self.dtypes and dtype not in self.dtypes):
+    def concerns(self, library: str, version: str, dtype: str = "", runtime: str = "") -> bool:
+        """True when this library in this version is known to fail; a library run has neither dtype nor runtime."""
+        if library != self.library or (self.dtypes and dtype not in self.dtypes):
+            return False
+        if self.runtime and not _matches(self.runtime, runtime):
             return False
         try:
             return self.versions.contains(Version(version), prereleases=True)
@@ -63,8 +68,13 @@ class Failure:
         """True when the entry is about this case."""
         if _REQUIREMENT.fullmatch(self.case):
             return self.case in ids
-        pattern = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in self.case)
-        return re.fullmatch(pattern, case) is not None
+        return _matches(self.case, case)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """As in a shell, but brackets are themselves: case names are full of them."""
+    parts = ({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in pattern)
+    return re.fullmatch("".join(parts), text) is not None
 
 
 def load_known(paths: Iterable[Path] | None = None) -> list[Failure]:
@@ -110,6 +120,7 @@ def _failure(table: Mapping[str, Any], file: str) -> Failure:
         expires=table["expires"],
         outcome=Outcome(table.get("outcome", "fail")),
         dtypes=tuple(table.get("dtype", ())),
+        runtime=str(table.get("runtime", "")),
         file=file,
     )
 

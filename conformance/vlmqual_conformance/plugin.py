@@ -276,8 +276,8 @@ class Conductor:
 
     def _concerned(self) -> list[Failure]:
         name, version = self._library()
-        dtype = self._info.dtype if self._info else ""
-        return [entry for entry in self._failures if entry.concerns(name, version, dtype)]
+        dtype, runtime = (self._info.dtype, self._info.runtime) if self._info else ("", "")
+        return [entry for entry in self._failures if entry.concerns(name, version, dtype, runtime)]
 
     @property
     def _info(self) -> Info | None:

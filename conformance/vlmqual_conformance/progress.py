@@ -105,8 +105,9 @@ def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
         lines.append(f"  {level:<12}{cells}{f'{max(ratios):.2f}' if ratios else '':>9}")
     bad = [row for row in verdicts if row.outcome in (Outcome.FAIL, Outcome.ERROR)]
     for row in bad[:_SHOWN]:
-        text = f"{row.outcome.upper():<6}{row.case}: {row.reason}"
-        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="        ", break_on_hyphens=False)
+        case = f"{row.outcome.upper():<6}{row.case}"
+        for text, indent in ((case, "  "), (row.reason, "        ")):
+            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * 8)
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more; the results file has all")
     return "\n".join(lines)

@@ -145,7 +145,8 @@ def test_an_emulated_target_is_refused_unless_rehearsed_and_then_marked(tmp_path
     assert run.header.plan["rehearsal"] is True
 
 
-def test_pytest_benchmark_gets_exactly_the_measured_values(tmp_path, capsys):
+def test_pytest_benchmark_gets_exactly_the_measured_values(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it would switch pytest-benchmark off
     path = tmp_path / "deep" / "benchmark.json"
     assert perf(tmp_path, "--phases", "prefill,decode", "--benchmark-json", str(path)) == EXIT_OK
     _, found = rows(tmp_path)

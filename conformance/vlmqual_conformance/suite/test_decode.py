@@ -6,7 +6,7 @@ import pytest
 
 from vlmqual_conformance.goldens import Golden
 from vlmqual_conformance.marks import requirement
-from vlmqual_conformance.policy import Judge
+from vlmqual_conformance.policy import Judge, checked
 from vlmqual_conformance.subjects import TargetKeeper, demand
 from vlmqual_conformance.suite import runs
 from vlmqual_contract.remote import RemoteSession
@@ -30,7 +30,9 @@ def test_greedy_tokens_of_forced_steps_are_golds(
 ) -> None:
     demand(info, case.needs())
     runs.exact_only(info)
-    runs.same_tokens(runs.forced_run(keeper, session, case).tokens[:-1], case, info)
+    run = runs.forced_run(keeper, session, case)
+    checked("decode/logits", run.logits, case.logits.shape)
+    runs.same_tokens(run.tokens[:-1], case, info)
 
 
 @requirement("IDEFICS3-DEC-002")
@@ -39,7 +41,7 @@ def test_the_greedy_token_has_the_largest_logit(session: RemoteSession, info: In
     demand(info, case.needs())
     step = session.prefill(case.text, case.features)
     for index in range(4):
-        logits, tokens = step.logits(), step.tokens()
+        logits, tokens = checked("logits", step.logits(), case.logits.shape[1:]), step.tokens()
         for row, token in enumerate(tokens):
             best = logits[row].max()
             assert logits[row, token] == best, (
