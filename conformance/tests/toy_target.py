@@ -32,14 +32,18 @@ class ToyFeatures:
 class ToyStep:
     dtype = "bfloat16"
 
-    def __init__(self, sums: np.ndarray) -> None:
-        self.sums = sums
+    def __init__(self, sums: np.ndarray, bad: str = "") -> None:
+        self.sums, self.bad = sums, bad
 
     def tokens(self):
-        return self.sums % VOCABULARY
+        tokens = self.sums % VOCABULARY
+        return tokens.astype(np.float64) if self.bad == "float-tokens" else tokens
 
     def logits(self, all_positions: bool = False):
-        return np.eye(VOCABULARY, dtype=np.float32)[self.tokens()]
+        logits = np.eye(VOCABULARY, dtype=np.float32)[self.sums % VOCABULARY]
+        if self.bad == "nan":
+            logits[0, 3] = np.nan
+        return logits[0] if self.bad == "short" else logits
 
     def taps(self):
         return {}
@@ -70,7 +74,7 @@ class ToySession:
         if features is not None:
             arrays = features.arrays() if hasattr(features, "arrays") else features
             extra = int(arrays["image_hidden_states"].sum())
-        return ToyStep(np.asarray(inputs["input_ids"]).sum(axis=1) + extra)
+        return ToyStep(np.asarray(inputs["input_ids"]).sum(axis=1) + extra, self.bad)
 
     def decode(self, step, tokens=None):
         return ToyStep(step.sums + (step.tokens() if tokens is None else tokens))

@@ -188,7 +188,7 @@ def _plan(args: argparse.Namespace, targets: Sequence[str]) -> int:
         *((target, "target") for target in targets),
         *([] if args.no_library else [("the libraries that these targets use", "library")]),
     ):
-        counts = Counter(item.level for item in chosen if item.subject == kind)
+        counts: Counter[str] = Counter(item.level for item in chosen if item.subject == kind)
         print(f"{subject}: {sum(counts.values())} requirements")
         for level in LEVELS:
             if counts[level]:

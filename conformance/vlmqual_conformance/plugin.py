@@ -172,7 +172,10 @@ class Conductor:
         """Start the subject; what prevents that ends the session with one sentence."""
         try:
             self._requirements = catalogue.requirements()
-            self._failures = [*failures.load_known(), *(failures.load_known(self.plan.known) if self.plan.known else ())]
+            self._failures = [
+                *failures.load_known(),
+                *(failures.load_known(self.plan.known) if self.plan.known else ()),
+            ]
             limits = Limits(call_s=self.plan.timeout_s)
             if self.plan.target:
                 self._keeper = subjects.TargetKeeper(self.plan.target, python=self.plan.python, limits=limits)
@@ -249,7 +252,7 @@ class Conductor:
             self._leave(str(mistake))
         done = self._writer.done
         again = f", {len(done)} of them from a run that was not finished" if done else ""
-        title = f"{self.plan.subject}: {self._about()}\n  {len(self._planned)} cases{again}"
+        title = f"{self.plan.subject}\n  {self._about()}\n  {len(self._planned)} cases{again}"
         session.items[:] = [item for item in session.items if item.stash[CASE].name not in done]
         self._reporter = progress.Reporter(title, len(session.items))
         for row in rows:

@@ -124,7 +124,9 @@ class Network:
         if features is not None:
             places = ids == self.image_token
             if int(places.sum()) != features.shape[0] * features.shape[1]:
-                raise ValueError(f"{int(places.sum())} image tokens for {features.shape[0] * features.shape[1]} features")
+                raise ValueError(
+                    f"{int(places.sum())} image tokens for {features.shape[0] * features.shape[1]} features"
+                )
             x[places] = features.reshape(-1, x.shape[-1])
         return x
 
@@ -234,7 +236,9 @@ class HonestSession:
 class Honest:
     session = HonestSession
 
-    def __init__(self, library: str = "", without: str = "", dtype: str = "float64", families: str = "idefics3") -> None:
+    def __init__(
+        self, library: str = "", without: str = "", dtype: str = "float64", families: str = "idefics3"
+    ) -> None:
         gone = {Capability(name) for name in without.split("+") if name}
         self.info = Info(
             name="honest",

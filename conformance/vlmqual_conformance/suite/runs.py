@@ -52,7 +52,7 @@ def forced(
 
 
 def forced_run(keeper: TargetKeeper, session: RemoteSession, golden: Golden) -> Forced:
-    """The run of a golden case under its own tokens; it is kept, so that only the first test of several waits for it."""
+    """The run of a golden case under its own tokens, kept for all tests that look at it."""
     key = ("forced", golden.name)
     if key not in keeper.memory:
         keeper.memory[key] = forced(session, golden.text, golden.features, golden.tokens)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmqual_contract import cli
+from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+
+TOY = f"{Path(__file__).with_name('toy_target.py')}:Toy"
+
+
+def test_an_adapter_that_keeps_the_contract_is_told_so(capsys):
+    assert cli.main(["check-target", TOY]) == EXIT_OK
+    text = capsys.readouterr().out
+    for phase in ("open", "preprocess", "prefill", "logits", "tokens", "decode", "close"):
+        assert f"ok    idefics3: {phase}" in text
+    assert "vision" not in text.partition("capabilities")[2].partition("ok")[2], "what is not declared is not asked for"
+    assert "meets the contract" in text
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ("raise", "FAIL  idefics3: prefill: IndexError: row 7"),
+        ("crash", "SIGSEGV"),
+        ("hang", "no answer to prefill"),
+        ("float-tokens", "FAIL  idefics3: tokens: tokens are float64, not int64"),
+        ("nan", "FAIL  idefics3: logits: logits has values that are not finite"),
+        ("short", "FAIL  idefics3: logits: logits have shape"),
+    ],
+)
+def test_what_an_adapter_does_wrong_is_named_and_the_check_comes_to_its_end(capsys, bad, sentence):
+    assert cli.main(["check-target", f"{TOY}:bad={bad}", "--timeout", "1"]) == EXIT_FAILED
+    text = capsys.readouterr().out
+    assert sentence in text
+    assert "checks failed" in text
+
+
+def test_a_target_that_does_not_start_is_the_users_mistake(capsys):
+    assert cli.main(["check-target", f"{TOY}:bad=usage"]) == EXIT_USAGE
+    assert "refused by the toy" in capsys.readouterr().err
