@@ -222,8 +222,6 @@ def test_a_run_that_is_stopped_keeps_every_finished_row_and_resumes(tmp_path: Pa
     assert whole.complete
     assert whole.verdicts[: len(stopped.verdicts)] == stopped.verdicts, "finished cases are not run again"
     assert whole.path.read_bytes().count(b'"record": "verdict"') == len(whole.verdicts)
-    assert conformance("--target", f"{ZOO}:Slow", *VISION, "-k", "without", "--results", tmp_path) == 0
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2, "another selection is another run"
 
 
 # tests against requirements ----------------------------------------------------------------------------------------
@@ -293,7 +291,7 @@ def test_a_library_whose_process_ended_is_started_again():
             keeper.library().call("os:abort")
         again = keeper.library()
         assert again.name == "vlmqual_impl"
-        assert again.call("os:getcwd") == os.getcwd(), "the new process answers"
+        assert again.call("os:getcwd") == str(Path.cwd()), "the new process answers"
     finally:
         keeper.stop()
 

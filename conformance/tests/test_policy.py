@@ -6,6 +6,7 @@ import pytest
 from vlmqual_conformance import goldens, policy
 from vlmqual_conformance.outcomes import NotApplicable, is_ours, outcome_of, sentence
 from vlmqual_conformance.policy import BadAnswer, Judge
+from vlmqual_contract import distance
 from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetRaised, Unsupported, UsageError
 from vlmqual_contract.records import Outcome
 
@@ -14,8 +15,8 @@ GOLD = np.array([[3.0, 4.0], [0.0, 5.0]])  # two vectors of length 5
 
 def test_the_error_is_the_farthest_vector_relative_to_the_usual_length():
     value = GOLD + np.array([[0.0, 0.0], [0.3, 0.4]])
-    assert policy.error(value, GOLD) == pytest.approx(0.5 / 5.0)
-    assert policy.error(value, np.array([[3.0, 4.0], [0.0, 0.0]])) == pytest.approx(
+    assert distance.error(value, GOLD) == pytest.approx(0.5 / 5.0)
+    assert distance.error(value, np.array([[3.0, 4.0], [0.0, 0.0]])) == pytest.approx(
         np.hypot(0.3, 5.4) / np.sqrt(25 / 2)
     ), "a vector of gold that is zero must not blow the error up"
 
@@ -36,7 +37,7 @@ def test_a_bad_vector_is_seen_among_many_good_ones():
     gold = np.ones((1000, 4))
     value = gold.copy()
     value[500] = -1.0
-    assert policy.error(value, gold) == pytest.approx(2.0)
+    assert distance.error(value, gold) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,9 @@ def test_equal_tokens_in_float32_are_a_demand_on_every_step_of_every_golden():
     for golden in goldens.goldens("idefics3"):
         ordered = np.sort(golden.logits[:-1], axis=-1)
         margin = (ordered[..., -1] - ordered[..., -2]).min()
-        budget = policy.FACTOR * golden.noise("decode/logits", "float32") * policy.length(golden.array("decode/logits"))
+        budget = (
+            policy.FACTOR * golden.noise("decode/logits", "float32") * distance.length(golden.array("decode/logits"))
+        )
         assert margin > 2 * budget, (
             f"{golden.name}: two tokens lie {margin:.2g} apart, float32 may move them {budget:.2g}"
         )

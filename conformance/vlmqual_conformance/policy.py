@@ -2,10 +2,8 @@
 
 Nothing here is a chosen tolerance. Every golden tensor comes with the error of several honest implementations in the
 target's compute dtype against gold (float64); the budget is `FACTOR` times the worst of them. An error is divided by
-its budget, so 1.0 is on the limit whatever the tensor and the dtype.
-
-error(x, gold) = max over vectors v of |x_v - gold_v| / rms over vectors of |gold_v|, vectors along the last axis,
-positions of padding left out. One bad vector among many is seen, and a vector near zero is not blown up.
+its budget, so 1.0 is on the limit whatever the tensor and the dtype. How an error is measured stands in
+`vlmqual_contract.distance`.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vlmqual_contract.distance import error
 from vlmqual_contract.target import Array, FloatArray
 
 FACTOR = 2.0
@@ -50,29 +49,6 @@ def checked(name: str, value: Array, shape: Sequence[int], mask: Array | None = 
         kind = "NaN" if np.isnan(seen).any() else "infinity"
         raise BadAnswer(f"{name} holds {kind} in {int((~np.isfinite(seen)).sum())} of {seen.size} places")
     return wide
-
-
-def length(gold: FloatArray, mask: Array | None = None) -> float:
-    """Root mean square of the Euclidean lengths of gold's vectors."""
-    lengths = np.linalg.norm(gold.astype(np.float64), axis=-1)
-    if mask is not None:
-        lengths = lengths[mask != 0]
-    return float(np.sqrt(np.mean(lengths**2)))
-
-
-def error(value: FloatArray, gold: FloatArray, mask: Array | None = None, scale: float | None = None) -> float:
-    """The largest distance of a vector from gold's, relative to the usual length of gold's vectors.
-
-    Args:
-        value: (..., D).
-        gold: the same shape.
-        mask: for (B, S, D): 1 where a position counts.
-        scale: length to be relative to; gold's own where None.
-    """
-    away = np.linalg.norm(value.astype(np.float64) - gold.astype(np.float64), axis=-1)
-    if mask is not None:
-        away = away[mask != 0]
-    return float(away.max()) / (length(gold, mask) if scale is None else scale)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from vlmqual_adapters.recipes import TINY
 from vlmqual_adapters.transformers_library import TransformersLibrary
 from vlmqual_adapters.transformers_session import TransformersSession
 from vlmqual_adapters.transformers_target import TransformersTarget
-from vlmqual_contract import fixtures
+from vlmqual_contract import distance, fixtures
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.target import Capability, Model, Options, Prompt, Session
 
@@ -254,7 +254,7 @@ def _keeps_budgets(run: Session, dtype: str) -> None:
             if key not in gold:
                 continue
             by_position = key.startswith("taps/prefill") or key == "prefill/all_logits"
-            away = goldens.error(value, gold[key], mask if by_position else None)
+            away = distance.error(value, gold[key], mask if by_position else None)
             budget = 2 * float(gold[f"noise/{dtype}/{key}"])
             assert away <= budget, f"{name}: {key} is {away:.3g} from gold, its budget in {dtype} is {budget:.3g}"
 
@@ -296,9 +296,9 @@ def test_the_library_resolves_names_and_turns_tensors_into_arrays() -> None:
 def test_the_error_is_the_worst_vector_over_the_typical_length() -> None:
     gold = np.array([[[3.0, 4.0], [0.0, 5.0], [100.0, 0.0]]])
     value = gold + np.array([[[0.3, 0.4], [0.0, 0.0], [50.0, 0.0]]])
-    assert goldens.error(value, gold, np.array([[1, 1, 0]])) == pytest.approx(0.5 / 5.0)
+    assert distance.error(value, gold, np.array([[1, 1, 0]])) == pytest.approx(0.5 / 5.0)
     with pytest.raises(ValueError, match="cannot be compared"):
-        goldens.error(value[..., :1], gold)
+        distance.error(value[..., :1], gold)
 
 
 @pytest.mark.parametrize("order", ["forward", "reversed", "pairwise"])

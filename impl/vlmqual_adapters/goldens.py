@@ -34,6 +34,7 @@ from vlmqual_adapters.ledger import DOCUMENTED, STAND_IN, Ledger
 from vlmqual_adapters.recipes import SEED, TINY
 from vlmqual_adapters.transformers_session import TransformersSession
 from vlmqual_adapters.transformers_target import DTYPES
+from vlmqual_contract.distance import error
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
 from vlmqual_contract.target import Array, FloatArray, IntArray
 
@@ -41,23 +42,6 @@ FAMILIES = ("idefics3",)
 BITS = 32
 #: Half a unit in the last place, relative: storing a result in the dtype may cost that much. Gold itself has 32 bits.
 _ROUNDING = {"float64": 2.0**-33, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
-
-
-def error(value: FloatArray, gold: FloatArray, mask: Array | None = None) -> float:
-    """Largest Euclidean distance of a vector from gold, relative to the root mean square length of gold's vectors.
-
-    Args:
-        value: (..., D).
-        gold: the same shape.
-        mask: for (B, S, D): 1 where a position counts.
-    """
-    if value.shape != gold.shape:
-        raise ValueError(f"shape {value.shape} cannot be compared with {gold.shape}")
-    away = np.linalg.norm(value.astype(np.float64) - gold, axis=-1)
-    length = np.linalg.norm(gold, axis=-1)
-    if mask is not None:
-        away, length = away[mask != 0], length[mask != 0]
-    return float(away.max() / np.sqrt(np.mean(length**2)))
 
 
 def run(session: TransformersSession, inputs: Tensors, gold: Mapping[str, Array] | None = None) -> dict[str, Array]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmqual_contract import distance
 from vlmqual_contract.discovery import parse
 from vlmqual_contract.target import FloatArray, IntArray
 
@@ -40,13 +41,10 @@ class Reference:
 
 
 def error(x: FloatArray, gold: FloatArray) -> float:
-    """Largest distance of a vector over the last axis, by the root-mean-square norm of gold's; infinite for NaN."""
+    """The project's error measure; infinite where shapes differ or something is not finite."""
     if x.shape != gold.shape or not (np.isfinite(x).all() and np.isfinite(gold).all()):
         return float("inf")
-    wanted = gold.astype(np.float64)
-    scale = float(np.sqrt(np.mean(np.sum(wanted**2, axis=-1))))
-    distance = float(np.sqrt(np.max(np.sum((x.astype(np.float64) - wanted) ** 2, axis=-1))))
-    return distance / scale if scale else distance
+    return distance.error(x, gold)
 
 
 def part(logits: FloatArray, phase: str) -> FloatArray:

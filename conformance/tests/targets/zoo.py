@@ -39,7 +39,7 @@ class Mixed(Honest):
 
 class SlowSession(HonestSession):
     def vision(self, inputs: Any) -> Seen:
-        time.sleep(0.15)
+        time.sleep(0.05)
         return super().vision(inputs)
 
 

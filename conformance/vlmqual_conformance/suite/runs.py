@@ -11,8 +11,9 @@ import pytest
 
 from vlmqual_conformance.goldens import Golden, goldens
 from vlmqual_conformance.outcomes import NotApplicable
-from vlmqual_conformance.policy import EXACT, FACTOR, BadAnswer, Judge, length
+from vlmqual_conformance.policy import EXACT, FACTOR, BadAnswer, Judge
 from vlmqual_conformance.subjects import TargetKeeper
+from vlmqual_contract.distance import length
 from vlmqual_contract.remote import RemoteFeatures, RemoteSession, RemoteStep
 from vlmqual_contract.target import Array, FloatArray, Info, IntArray
 
