@@ -28,6 +28,8 @@ def test_an_adapter_that_keeps_the_contract_is_told_so(capsys):
         ("float-tokens", "FAIL  idefics3: tokens: tokens are float64, not int64"),
         ("nan", "FAIL  idefics3: logits: logits has values that are not finite"),
         ("short", "FAIL  idefics3: logits: logits have shape"),
+        ("none", "FAIL  idefics3: logits: logits: the target answered NoneType"),
+        ("lists", "FAIL  idefics3: preprocess: preprocess: input_ids: the target answered list"),
     ],
 )
 def test_what_an_adapter_does_wrong_is_named_and_the_check_comes_to_its_end(capsys, bad, sentence):
@@ -40,3 +42,15 @@ def test_what_an_adapter_does_wrong_is_named_and_the_check_comes_to_its_end(caps
 def test_a_target_that_does_not_start_is_the_users_mistake(capsys):
     assert cli.main(["check-target", f"{TOY}:bad=usage"]) == EXIT_USAGE
     assert "refused by the toy" in capsys.readouterr().err
+
+
+def test_a_target_that_does_not_preprocess_is_fed_golden_inputs(capsys):
+    assert cli.main(["check-target", f"{TOY}:bad=no-preprocess"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "inputs of a golden" in text
+    assert "ok    idefics3: decode" in text
+
+
+def test_a_time_limit_has_to_be_positive(capsys):
+    assert cli.main(["check-target", TOY, "--timeout", "-1"]) == EXIT_USAGE
+    assert "--timeout -1" in capsys.readouterr().err

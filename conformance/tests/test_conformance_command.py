@@ -65,10 +65,14 @@ def test_a_target_that_cannot_start_is_named_in_one_sentence(tmp_path, capfd, ta
     assert not (tmp_path / "results").exists(), "a run that never began leaves no file"
 
 
-def test_an_expression_that_selects_nothing_is_a_mistake(tmp_path, capfd):
-    code = conformance("--target", f"{HONEST}:Honest", "-k", "nosuchtest", "--results", tmp_path, "--no-library")
+@pytest.mark.parametrize(
+    ("expression", "sentence"), [("nosuchtest", "nothing is selected"), ("and and", "Wrong expression")]
+)
+def test_an_expression_that_selects_nothing_is_a_mistake(tmp_path, capfd, expression, sentence):
+    code = conformance("--target", f"{HONEST}:Honest", "-k", expression, "--results", tmp_path, "--no-library")
     assert code == 2
-    assert "nothing is selected" in one_sentence(capfd.readouterr().err)
+    assert sentence in one_sentence(capfd.readouterr().err)
+    assert not list(tmp_path.iterdir()), "no results file is begun"
 
 
 def test_a_dry_run_says_what_would_be_run_and_starts_nothing(tmp_path, capfd):

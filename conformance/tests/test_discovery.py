@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlmqual_contract import cli
-from vlmqual_contract.discovery import make_library, make_target, parse
+from vlmqual_contract.discovery import code_digest, make_library, make_target, parse
 from vlmqual_contract.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 TOY = Path(__file__).with_name("toy_target.py")
@@ -81,3 +81,13 @@ def test_targets_lists_kinds_with_their_options(capsys):
     assert "eager" in text
     assert "dtype" in text
     assert "forced-tokens" in text
+
+
+def test_another_text_of_an_adapter_is_another_code(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("A = 1\n")
+    before = code_digest(f"{path}:A")
+    path.write_text("A = 2\n")
+    assert code_digest(f"{path}:A:x=1") != before
+    assert code_digest("eager") == code_digest("eager:dtype=bfloat16") != code_digest("transformers") != ""
+    assert code_digest("not-installed") == ""

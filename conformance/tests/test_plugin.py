@@ -15,6 +15,7 @@ from vlmqual_conformance import catalogue
 from vlmqual_conformance.catalogue import Case
 from vlmqual_conformance.subjects import PATIENCE, LibraryKeeper, TargetKeeper
 from vlmqual_contract import cli
+from vlmqual_contract.discovery import code_digest
 from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetRaised
 from vlmqual_contract.records import Outcome, Run, Verdict, read
 from vlmqual_contract.requirement import Citation, Requirement
@@ -159,6 +160,7 @@ def test_the_header_tells_what_was_run(mixed):
     assert header.plan["levels"] == ["vision"]
     assert header.plan["calibration"] is False
     assert len(header.plan["fixtures"]) == 64
+    assert header.plan["code"] == code_digest(f"{ZOO}:Mixed"), "a run of other code is another run, not resumed"
     assert header.machine["cores"] >= 1
 
 

@@ -146,3 +146,20 @@ def test_an_unwritable_directory_is_named(tmp_path):
     blocked.write_text("")
     with pytest.raises(UsageError, match="results directory"):
         Writer.start(blocked / "below", header())
+
+
+def test_two_runs_never_write_one_file(tmp_path):
+    first = Writer.start(tmp_path, header())
+    first.add(verdict("a"))
+    with pytest.raises(UsageError, match="being written by another run"):
+        Writer.start(tmp_path, header())
+    first.finish()
+    with Writer.start(tmp_path, header()) as second:
+        assert second.path != first.path
+
+
+def test_a_results_directory_that_is_a_file_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UsageError, match="is no directory"):
+        Writer.start(blocked, header())

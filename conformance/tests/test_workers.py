@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetRaised, UsageError
+from vlmqual_contract import wire
+from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetMisspoke, TargetRaised, UsageError
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.remote import RemoteTarget
 from vlmqual_contract.target import Model, Options, Prompt
@@ -70,6 +72,78 @@ def test_an_answer_that_is_no_plain_data_is_an_error_of_the_target():
             step.tokens()
 
 
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [("list", "answered list"), ("lists", "input_ids: the target answered list"), ("no-mask", "attention_mask")],
+)
+def test_inputs_of_another_kind_than_documented_are_named(bad, sentence):
+    with RemoteTarget(f"{TOY}:bad={bad}") as target, target.open(MODEL) as session:
+        with pytest.raises(TargetMisspoke, match=sentence):
+            session.preprocess([Prompt("a")])
+        assert target.alive
+
+
+def test_logits_that_are_no_array_are_named():
+    with (
+        RemoteTarget(f"{TOY}:bad=none") as target,
+        target.open(MODEL) as session,
+        pytest.raises(TargetMisspoke, match="logits: the target answered NoneType"),
+    ):
+        session.prefill(INPUTS).logits()
+
+
+def test_an_unknown_capability_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"telepathy; known are preprocess"):
+        RemoteTarget(f"{TOY}:bad=capability")
+
+
+def test_a_signal_without_a_name_is_reported_by_its_number():
+    with (
+        RemoteTarget(f"{TOY}:bad=signal") as target,
+        target.open(MODEL) as session,
+        pytest.raises(TargetCrashed, match=f"signal {signal.SIGRTMIN + 1}"),
+    ):
+        session.vision({"pixel_values": np.ones(1)})
+
+
+def test_a_crash_is_no_hang_although_a_child_of_the_target_holds_the_pipe():
+    with (
+        RemoteTarget(f"{TOY}:bad=fork", limits=Limits(call_s=100)) as target,
+        target.open(MODEL) as session,
+        pytest.raises(TargetCrashed, match="exit status 7"),
+    ):
+        session.vision({"pixel_values": np.ones(1)})
+
+
+def test_children_of_a_target_end_with_it():
+    with RemoteTarget(f"{TOY}:bad=child") as target, target.open(MODEL) as session:
+        session.vision({"pixel_values": np.ones(1)})
+        assert sleepers(), "the toy starts a child process"
+    deadline = time.monotonic() + 10
+    while sleepers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not sleepers(), "the child outlived its target"
+
+
+def sleepers():
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and b"654321" in (process / "cmdline").read_bytes():
+                found.append(process)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def test_an_answer_that_is_too_large_ends_the_worker_instead_of_being_misread(monkeypatch):
+    with RemoteTarget(TOY) as target, target.open(MODEL) as session:
+        monkeypatch.setattr(wire, "ARRAYS_LIMIT_BYTES", 4)
+        with pytest.raises(TargetMisspoke, match="at most 4 are read"):
+            session.preprocess([Prompt("a")])
+        assert not target.alive
+
+
 def test_a_refused_option_arrives_as_the_users_mistake():
     with pytest.raises(UsageError, match="refused by the toy"):
         RemoteTarget(f"{TOY}:bad=usage")
@@ -80,18 +154,39 @@ def test_a_missing_interpreter_is_named():
         RemoteTarget(TOY, python="/no-such-python")
 
 
-def test_another_interpreter_finds_our_packages_without_installing_them(tmp_path):
-    bare = tmp_path / "python"  # an interpreter without our packages' installation, but with numpy
-    packages = Path(np.__file__).parents[1]
-    numpy_only = tmp_path / "packages"
-    numpy_only.mkdir()
-    for name in ("numpy", "numpy.libs"):
-        if (packages / name).exists():
-            (numpy_only / name).symlink_to(packages / name)
-    bare.write_text(f'#!/bin/sh\nexport PYTHONPATH="{numpy_only}:$PYTHONPATH"\nexec "{sys.executable}" -S "$@"\n')
-    bare.chmod(0o755)
-    with RemoteTarget(TOY, python=str(bare)) as target:
+def test_another_interpreter_finds_our_packages_behind_its_own(tmp_path):
+    own = tmp_path / "own"
+    (own / "vlmqual_adapters").mkdir(parents=True)
+    (own / "vlmqual_adapters" / "__init__.py").write_text("PINNED = True\n")  # hides ours, as a pinned package would
+    (own / "numpy").symlink_to(Path(np.__file__).parent)
+    for libraries in Path(np.__file__).parents[1].glob("numpy.libs"):
+        (own / "numpy.libs").symlink_to(libraries)
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(
+        "import importlib.util, sys\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "import vlmqual_adapters\n"
+        "assert vlmqual_adapters.PINNED\n"
+        "from toy_target import Toy\n"
+    )
+    python = tmp_path / "python"  # -S: without the packages that are installed beside this interpreter
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{own}"\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    with RemoteTarget(f"{adapter}:Toy", python=str(python)) as target:
         assert target.info.name == "toy"
+
+
+def test_another_interpreter_is_told_where_an_installed_kind_comes_from(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "numpy").symlink_to(Path(np.__file__).parent)
+    for libraries in Path(np.__file__).parents[1].glob("numpy.libs"):
+        (own / "numpy.libs").symlink_to(libraries)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{own}"\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises((UsageError, TargetRaised), match="torch"):  # found, but there is no torch
+        RemoteTarget("eager", python=str(python))
 
 
 def test_ranks_are_asked_in_lock_step_and_the_slowest_counts():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class ToyStep:
         return tokens.astype(np.float64) if self.bad == "float-tokens" else tokens
 
     def logits(self, all_positions: bool = False):
+        if self.bad == "none":
+            return None
         logits = np.eye(VOCABULARY, dtype=np.float32)[self.sums % VOCABULARY]
         if self.bad == "nan":
             logits[0, 3] = np.nan
@@ -54,11 +57,25 @@ class ToySession:
         self.bad = bad
 
     def preprocess(self, prompts):
+        if self.bad == "list":
+            return [1, 2]
+        if self.bad == "lists":
+            return {"input_ids": [[1]], "attention_mask": [[1]]}
+        if self.bad == "no-mask":
+            return {"input_ids": np.ones((1, 1), np.int64)}
         print("a target may print without breaking the pipe")
         ids = np.array([[len(prompt.text)] for prompt in prompts], dtype=np.int64)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def vision(self, inputs):
+        if self.bad == "child":
+            subprocess.Popen(["sleep", "654321"])
+        if self.bad == "fork" and os.fork():
+            os._exit(7)  # the child goes on and holds the pipe
+        if self.bad == "fork":
+            time.sleep(3600)
+        if self.bad == "signal":
+            os.kill(os.getpid(), signal.SIGRTMIN + 1)
         return ToyFeatures(float(inputs["pixel_values"].sum()))
 
     def prefill(self, inputs, features=None):
@@ -94,7 +111,9 @@ class Toy:
             device="cpu",
             runtime="numpy",
             dtype="float32",
-            capabilities=frozenset({Capability.PREPROCESS, Capability.TENSOR_PARALLEL}),
+            capabilities=frozenset({Capability.PREPROCESS, Capability.TENSOR_PARALLEL})
+            if bad not in ("no-preprocess", "capability")
+            else frozenset({"telepathy"} if bad == "capability" else ()),
             families=("idefics3",),
             processes="per-rank" if ranks == "many" else "one",
             software={"numpy": np.__version__},

@@ -1,14 +1,15 @@
 """`vlmqual check-target`: tells "the adapter is wrong" from "the device is wrong".
 
 It asks for nothing that depends on the numbers: does the target start, say what it is, open the tiny checkpoint, answer
-every phase that it declares with the documented shapes and dtypes, refuse what it does not declare, and come to an end.
+every phase that it declares with the documented shapes and dtypes, and close. A target that does not preprocess is fed
+the inputs of a golden.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ class _Report:
     """Prints one line for each check and remembers whether one failed."""
 
     failed: int = 0
-    values: dict[str, Any] = field(default_factory=dict)
 
     def run(self, name: str, action: Callable[[], Any]) -> Any:
         try:
@@ -36,7 +36,6 @@ class _Report:
             print(f"FAIL  {name}: {error}")
             return None
         print(f"ok    {name}")
-        self.values[name] = value
         return value
 
 
@@ -51,6 +50,8 @@ class _Command:
 
     def run(self, args: argparse.Namespace) -> int:
         """Run the checks in the order of the data's path."""
+        if not args.timeout > 0:
+            raise UsageError(f"--timeout {args.timeout:g} is not positive")
         report = _Report()
         limits = Limits(call_s=args.timeout)
         scenarios = load_scenarios(fixtures.file("scenarios.toml"))
@@ -79,12 +80,13 @@ def _check(report: _Report, target: RemoteTarget, scenario: Scenario) -> None:
     if session is None:
         return
     prompt = Prompt(scenario.prompt, tuple(str(fixtures.image(name)) for name in scenario.images))
-    if not has(Capability.PREPROCESS):
-        print("      preprocess is not declared: the other phases cannot be tried without golden inputs")
-        return
-    inputs = report.run(f"{scenario.family}: preprocess", lambda: _inputs(session.preprocess([prompt])))
-    if inputs is None:
-        return
+    if has(Capability.PREPROCESS):
+        inputs = report.run(f"{scenario.family}: preprocess", lambda: _inputs(session.preprocess([prompt])))
+        if inputs is None:
+            return
+    else:
+        print("      preprocess is not declared: the inputs of a golden are used")
+        inputs = _golden_inputs(scenario.family)
     features = None
     if has(Capability.VISION):
         features = report.run(f"{scenario.family}: vision", lambda: session.vision(inputs))
@@ -107,6 +109,17 @@ def _check(report: _Report, target: RemoteTarget, scenario: Scenario) -> None:
             forced = np.ones(rows, dtype=np.int64)
             report.run(f"{scenario.family}: forced tokens", lambda: session.decode(nxt, forced).tokens())
     report.run(f"{scenario.family}: close", session.close)
+
+
+def _golden_inputs(family: str) -> dict[str, Array]:
+    """The inputs of the first golden case with one row and an image."""
+    for name in fixtures.names(f"goldens/{family}/"):
+        if not name.endswith(".npz"):
+            continue
+        with np.load(fixtures.file(name), allow_pickle=False) as golden:
+            if "inputs/pixel_values" in golden.files and len(golden["inputs/input_ids"]) == 1:
+                return {key.removeprefix("inputs/"): golden[key] for key in golden.files if key.startswith("inputs/")}
+    raise UsageError(f"no golden of {family} has one row and an image")
 
 
 def _inputs(inputs: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 from typing import Protocol, cast
 
 from vlmqual_contract.discovery import COMMANDS, installed, suite_version
-from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_USAGE, TargetFailure, Unsupported, UsageError
+from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_USAGE, Unsupported, UsageError, VlmqualError
 
 
 class Command(Protocol):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, Unsupported) as error:
         print(f"vlmqual {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except TargetFailure as error:
+    except VlmqualError as error:
         print(f"vlmqual {args.command}: the target failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

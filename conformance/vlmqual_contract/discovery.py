@@ -6,6 +6,7 @@ A target string is `kind[:key=value,...]`, for example `eager:device=cpu,dtype=b
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -79,8 +80,44 @@ def _options(text: str, whole: str) -> dict[str, str]:
     return found
 
 
-def make_target(text: str) -> Target:
+def origin(group: str, name: str) -> str:
+    """Where an installed name comes from, as `NAME=module:object`; "" for one that is not installed here.
+
+    A worker in another environment, where our packages are only on the path, is told so.
+    """
+    points = installed(group)
+    return f"{name}={points[name].value}" if name in points else ""
+
+
+def code_digest(text: str) -> str:
+    """SHA-256 over the code behind a target string or a library's name: two runs of different code are two runs.
+
+    That is the adapter's file, or every Python file of the top-level package that the entry point names. "" for what is
+    not installed here.
+    """
+    spec = parse(text)
+    if spec.file:
+        files = [Path(spec.file)]
+    else:
+        points = {**installed(LIBRARIES), **installed(TARGETS)}
+        if spec.kind not in points:
+            return ""
+        found = importlib.util.find_spec(points[spec.kind].module.split(".")[0])
+        places = (found.submodule_search_locations or []) if found is not None else []
+        files = sorted(path for place in places for path in Path(place).rglob("*.py"))
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_target(text: str, origins: Mapping[str, str] | None = None) -> Target:
     """The target that a target string names.
+
+    Args:
+        text: target string.
+        origins: names to `module:object` for kinds that are not installed in this environment.
 
     Raises:
         UsageError: unknown kind, missing file or name, keyword that the target does not know, or an import that fails.
@@ -90,7 +127,7 @@ def make_target(text: str) -> Target:
     if spec.file:
         factory = _from_file(spec)
     else:
-        points = installed(TARGETS)
+        points = _points(TARGETS, origins)
         if spec.kind not in points:
             raise UsageError(
                 f"target {spec.kind!r} is not installed; installed are {', '.join(points) or 'none'}; "
@@ -105,16 +142,25 @@ def make_target(text: str) -> Target:
     return factory(**spec.options)
 
 
-def make_library(name: str) -> Library:
+def make_library(name: str, origins: Mapping[str, str] | None = None) -> Library:
     """The library subject of this name.
+
+    Args:
+        name: of the library.
+        origins: see `make_target`.
 
     Raises:
         UsageError: it is not installed.
     """
-    points = installed(LIBRARIES)
+    points = _points(LIBRARIES, origins)
     if name not in points:
         raise UsageError(f"library {name!r} is not installed; installed are {', '.join(points) or 'none'}")
     return cast(Library, _load(points[name])())
+
+
+def _points(group: str, origins: Mapping[str, str] | None) -> dict[str, EntryPoint]:
+    told = {name: EntryPoint(name, value, group) for name, value in (origins or {}).items()}
+    return {**told, **installed(group)}
 
 
 def _load(point: EntryPoint) -> Any:

@@ -45,5 +45,9 @@ class TargetCrashed(TargetFailure):
     """The target's process ended although nobody asked it to."""
 
 
+class TargetMisspoke(TargetFailure):
+    """The target answered something that is no answer: of another type than documented, or too large."""
+
+
 class TargetHung(TargetFailure):
     """The target did not answer within its time limit; its process was killed."""

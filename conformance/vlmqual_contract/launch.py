@@ -17,12 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vlmqual_contract.errors import TargetCrashed, TargetHung, Unsupported, UsageError, VlmqualError
+from vlmqual_contract.errors import (
+    TargetCrashed,
+    TargetFailure,
+    TargetHung,
+    TargetMisspoke,
+    Unsupported,
+    UsageError,
+    VlmqualError,
+)
 from vlmqual_contract.subject import raised
 from vlmqual_contract.wire import Channel, Closed, Late
 
 _LOG_TAIL = 2000
 _GRACE_S = 3.0
+_LOOK_S = 0.5
+# Another interpreter finds our packages behind its own, so that nothing of ours hides what its environment pins.
+_BOOTSTRAP = (
+    "import os, sys; sys.path += sys.argv[1].split(os.pathsep); del sys.argv[1]; "
+    "from vlmqual_contract.worker import main; sys.exit(main())"
+)
 _running: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -51,15 +65,16 @@ class Worker:
     def __init__(self, arguments: Sequence[str], python: str | None, environment: Mapping[str, str]) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self._last_words = ""
+        self._killed = False
         to_worker, from_us = os.pipe()
         from_worker, to_us = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [python or sys.executable, "-m", "vlmqual_contract.worker", *arguments],
+                [*_interpreter(python), *arguments],
                 stdin=to_worker,
                 stdout=to_us,
                 stderr=self._log,
-                env=_environment(environment, python),
+                env=_environment(environment),
                 start_new_session=True,  # Ctrl-C is for us; we end the worker
             )
         except OSError as error:
@@ -97,12 +112,22 @@ class Worker:
             TargetRaised, UsageError, Unsupported: what the target raised.
         """
         try:
+            while not self.channel.readable(min(_LOOK_S, deadline - time.monotonic())):
+                if self._process.poll() is not None:  # a child of it may still hold the pipe
+                    raise self._crashed()
+                if time.monotonic() >= deadline:
+                    raise Late("the time limit has passed")
             reply = self.channel.receive(deadline)
         except Closed as error:
             raise self._crashed() from error
         except Late as error:
             self.kill()
             raise TargetHung(f"no answer to {op} within {limit_s:g} s") from error
+        except TargetFailure:
+            raise
+        except VlmqualError as error:  # what is left in the pipe cannot be told from the next answer
+            self.kill()
+            raise TargetMisspoke(f"the answer to {op} cannot be read: {error}") from error
         if error_body := reply.get("error"):
             raise _error(error_body)
         return reply
@@ -110,9 +135,10 @@ class Worker:
     def kill(self) -> None:
         """End the process and everything that it started, now."""
         _running.discard(self)
-        if self._process.poll() is None:
+        if not self._killed:
+            self._killed = True
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)  # its session: children too, also after its own end
             self._process.wait()
         self.channel.close()
         if not self._log.closed:
@@ -146,7 +172,8 @@ class Worker:
         self.kill()
         how = f"exit status {code}"
         if code is not None and code < 0:
-            how = f"signal {signal.Signals(-code).name}"
+            known = {item.value: item.name for item in signal.Signals}
+            how = f"signal {known.get(-code, -code)}"
         lines = self.log().splitlines()
         return TargetCrashed(f"the target's process ended ({how})" + (f": {lines[-1]}" if lines else ""))
 
@@ -213,7 +240,7 @@ class Group:
             for rank, worker in enumerate(self._workers):
                 worker.send(body if rank == 0 else {**body, "quiet": True}, deadline)
             return self._gather(body["op"], deadline, limit_s)
-        except (TargetCrashed, TargetHung, KeyboardInterrupt):
+        except (TargetCrashed, TargetHung, TargetMisspoke, KeyboardInterrupt):
             self.kill()
             raise
         except VlmqualError:
@@ -256,21 +283,21 @@ def _error(body: Mapping[str, Any]) -> VlmqualError:
     return raised(body)
 
 
-def _environment(extra: Mapping[str, str], python: str | None) -> dict[str, str]:
+def _interpreter(python: str | None) -> list[str]:
+    if python is None:
+        return [sys.executable, "-m", "vlmqual_contract.worker"]
+    here = Path(__file__).resolve().parents[1]
+    beside = here.parent / "impl"  # in a checkout
+    folders = [str(path) for path in (here, beside) if path.is_dir()]
+    return [python, "-c", _BOOTSTRAP, os.pathsep.join(folders)]
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     environment = {**os.environ, **extra}
     # Everything that a run reads is on disk; a hub that answers slowly must not decide what a verdict says.
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("TRANSFORMERS_OFFLINE", "1")
-    if python is not None:  # another environment: bring our packages along, behind its own
-        ours = [str(path) for path in _package_folders()]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), *ours]))
     return environment
-
-
-def _package_folders() -> list[Path]:
-    here = Path(__file__).resolve().parents[1]
-    beside = here.parent / "impl"
-    return [here, *([beside] if beside.is_dir() else [])]
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ a run with the same identity goes on where the last one stopped. Raw values are 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from vlmqual_contract.errors import UsageError
 
@@ -187,6 +188,7 @@ class Writer:
         self.header = header
         self.done: dict[str, Verdict | Measurement] = dict(done or {})
         self._file = path.open("ab")
+        _lock(self._file, path)
         if path.stat().st_size == 0:
             self._write("header", header)
 
@@ -195,16 +197,21 @@ class Writer:
         """Continue the newest unfinished run of the same identity in `directory`, or start a new file.
 
         Raises:
-            UsageError: the directory cannot be written.
+            UsageError: the directory cannot be written, or another process is writing the run that would be continued.
         """
+        if directory.exists() and not directory.is_dir():
+            raise UsageError(f"results directory {directory} is no directory")
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not fresh:
                 for run in sorted(runs(directory, quiet=True), key=lambda run: run.header.started, reverse=True):
                     if run.header.identity() == header.identity() and run.footer is None:
+                        writer = cls(run.path, run.header)  # holds the lock: nobody else writes from here on
                         _drop_partial_line(run.path)
+                        run = read(run.path)
                         rows: tuple[Verdict | Measurement, ...] = (*run.verdicts, *run.measurements)
-                        return cls(run.path, run.header, {row.case: row for row in rows})
+                        writer.done.update({row.case: row for row in rows})
+                        return writer
             stamp = re.sub(r"[^0-9T]", "", header.started)[:15]
             slug = re.sub(r"[^A-Za-z0-9._-]+", "-", header.subject).strip("-")[-60:]
             return cls(directory / f"{header.kind}-{slug}-{stamp}-{header.run[:4]}.jsonl", header)
@@ -304,6 +311,16 @@ def runs(directory: Path, *, quiet: bool = False) -> Iterator[Run]:
         except UsageError:
             if not quiet:
                 raise
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            f"{path} is being written by another run; wait for its end, or start anew with --fresh"
+        ) from None
 
 
 def _drop_partial_line(path: Path) -> None:

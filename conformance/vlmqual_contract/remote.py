@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from vlmqual_contract.errors import TargetFailure, UsageError
+import numpy as np
+
+from vlmqual_contract.discovery import LIBRARIES, TARGETS, origin, parse
+from vlmqual_contract.errors import TargetFailure, TargetMisspoke, UsageError
 from vlmqual_contract.launch import Group, Limits
 from vlmqual_contract.subject import RemoteLibrary
 from vlmqual_contract.target import (
@@ -60,11 +63,11 @@ class RemoteFeatures(_Kept):
 
     def arrays(self) -> Mapping[str, FloatArray]:
         """Copy out."""
-        return dict(self._read("arrays"))
+        return _arrays("features", self._read("arrays"))
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states by component name."""
-        return dict(self._read("taps"))
+        return _arrays("taps of vision", self._read("taps"))
 
 
 class RemoteStep(_Kept):
@@ -72,17 +75,17 @@ class RemoteStep(_Kept):
 
     def tokens(self) -> IntArray:
         """Greedy next token of every row, (B,) int64."""
-        tokens: IntArray = self._read("tokens")
+        tokens: IntArray = _array("tokens", self._read("tokens"))
         return tokens
 
     def logits(self, all_positions: bool = False) -> FloatArray:
         """Logits of the last real position, (B, V), or of all positions, (B, S, V)."""
-        logits: FloatArray = self._read("logits", all_positions=all_positions)
+        logits: FloatArray = _array("logits", self._read("logits", all_positions=all_positions))
         return logits
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states by component name."""
-        return dict(self._read("taps"))
+        return _arrays("taps", self._read("taps"))
 
 
 class RemoteSession:
@@ -100,7 +103,13 @@ class RemoteSession:
 
     def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
         """Turn prompts into padded tensors."""
-        return dict(self.request({"op": "preprocess", "prompts": [asdict(prompt) for prompt in prompts]})["inputs"])
+        reply = self.request({"op": "preprocess", "prompts": [asdict(prompt) for prompt in prompts]})
+        inputs = _arrays("preprocess", reply["inputs"])
+        for name in ("input_ids", "attention_mask"):
+            if name not in inputs or inputs[name].ndim != 2:
+                has = f"has shape {inputs[name].shape}" if name in inputs else "is missing"
+                raise TargetMisspoke(f"preprocess: {name} (B, S) {has}; there are {', '.join(inputs)}")
+        return inputs
 
     def vision(self, inputs: Inputs) -> RemoteFeatures:
         """Run the vision tower to the connector's output."""
@@ -212,7 +221,8 @@ class RemoteTarget:
         limits: Limits | None = None,
     ) -> None:
         self.text = text
-        self._arguments = ("--target", text)
+        spec = parse(text)
+        self._arguments = ("--target", text, "--origin", origin(TARGETS, spec.kind))
         self._group = Group(self._arguments, python=python, threads=threads, limits=limits)
         try:
             self.info = _info(self._group.request({"op": "describe"})["info"])
@@ -267,13 +277,27 @@ class RemoteTarget:
 
 
 def _info(data: dict[str, Any]) -> Info:
-    return Info(
-        **{
-            **data,
-            "capabilities": frozenset(Capability(item) for item in data["capabilities"]),
-            "families": tuple(data["families"]),
-        }
-    )
+    families = data["families"]
+    if not isinstance(families, list):
+        raise UsageError(f"the target's families are {families!r}; they have to be a tuple of names")
+    if unknown := sorted(set(data["capabilities"]) - set(Capability)):
+        raise UsageError(
+            f"the target declares the capabilities {', '.join(unknown)}; known are {', '.join(Capability)}"
+        )
+    capabilities = frozenset(Capability(item) for item in data["capabilities"])
+    return Info(**{**data, "capabilities": capabilities, "families": tuple(families)})
+
+
+def _array(what: str, value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        raise TargetMisspoke(f"{what}: the target answered {type(value).__name__}, not a numpy array")
+    return value
+
+
+def _arrays(what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TargetMisspoke(f"{what}: the target answered {type(value).__name__}, not a mapping of names to arrays")
+    return {name: _array(f"{what}: {name}", item) for name, item in value.items()}
 
 
 class LibraryProcess:
@@ -289,7 +313,9 @@ class LibraryProcess:
     def __init__(
         self, name: str, *, python: str | None = None, threads: int | None = None, limits: Limits | None = None
     ) -> None:
-        self._group = Group(("--library", name), python=python, threads=threads, limits=limits)
+        self._group = Group(
+            ("--library", name, "--origin", origin(LIBRARIES, name)), python=python, threads=threads, limits=limits
+        )
         try:
             self.library = RemoteLibrary(self._group.request)
         except BaseException:

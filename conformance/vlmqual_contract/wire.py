@@ -36,9 +36,11 @@ class Channel:
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
 
-    def fileno(self) -> int:
-        """The descriptor that becomes readable when a message arrives."""
-        return self._read_fd
+    def readable(self, seconds: float) -> bool:
+        """True when something can be read, or the other end is gone, within this time."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._read_fd, selectors.EVENT_READ)
+            return bool(selector.select(max(0.0, seconds)))
 
     def send(self, body: Mapping[str, Any], deadline: float | None = None) -> None:
         """Send plain data; numpy arrays may stand anywhere in it.

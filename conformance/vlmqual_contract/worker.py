@@ -93,7 +93,8 @@ class Server:
         return {}
 
     def _do_preprocess(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"inputs": dict(self.session.preprocess(_prompts(body["prompts"])))}
+        inputs = self.session.preprocess(_prompts(body["prompts"]))
+        return {"inputs": dict(inputs) if isinstance(inputs, Mapping) else inputs}
 
     def _do_vision(self, body: dict[str, Any]) -> dict[str, Any]:
         features = self.session.vision(body["inputs"])
@@ -228,6 +229,7 @@ class _Command:
         what = parser.add_mutually_exclusive_group(required=True)
         what.add_argument("--target", help="target string")
         what.add_argument("--library", help="name of a library subject")
+        parser.add_argument("--origin", default="", help="NAME=module:object for a name that is not installed here")
 
     def run(self, args: argparse.Namespace) -> int:
         """Serve until the input ends."""
@@ -237,16 +239,22 @@ class _Command:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+        name, _, value = args.origin.partition("=")
+        origins = {name: value} if value else {}
         try:
             if args.target:
-                server = Server(make_target(args.target), None, {})
+                server = Server(make_target(args.target, origins), None, {})
             else:
-                library = make_library(args.library)
+                library = make_library(args.library, origins)
                 about = {"name": library.name, "version": library.version}
                 server = Server(None, LibraryServer(library), about)
-        except (UsageError, Unsupported) as error:
+        except (UsageError, Unsupported, ImportError) as error:
             channel.receive()
-            channel.send({"error": {"kind": "usage", "message": str(error)}})
+            channel.send({"error": {"kind": "usage", "message": f"{args.target or args.library}: {error}"}})
+            return EXIT_OK
+        except Exception as error:
+            channel.receive()
+            channel.send({"error": _described(error)})
             return EXIT_OK
         serve(channel, server)
         return EXIT_OK

@@ -106,15 +106,49 @@ def test_larger_sizes_fail_when_the_smallest_gives_nothing_to_compare_with(tmp_p
     run, found = rows(tmp_path)
     assert run.complete
     assert found["prefill/tp2"].state == "failed"
-    assert "nothing to compare with" in found["prefill/tp2"].reason
+    assert "cannot be compared with TP=1" in found["prefill/tp2"].reason
     assert found["prefill/tp2"].values_s, "what was measured is kept although it could not be judged"
 
 
-def test_an_arm_of_nan_leaves_the_comparison_open_and_says_so(tmp_path):
-    assert perf(tmp_path, "--tp", "1,2", "--phases", "decode", target=f"{TRUTH}:bad=nan64") == EXIT_OK
+@pytest.mark.parametrize("bad", ["nan64", "only32"])
+def test_a_target_without_a_second_dtype_is_judged_by_the_goldens_noise(tmp_path, bad):
+    assert perf(tmp_path, "--tp", "1,2", "--phases", "decode", target=f"{TRUTH}:bad={bad}") == EXIT_OK
     _, found = rows(tmp_path)
-    assert found["decode/tp2"].checks["tp1_budget"] is None
-    assert "not finite" in found["decode/tp2"].checks["tp1_budget_source"]
+    checks = found["decode/tp2"].checks
+    assert 0 < checks["tp1_budget"] < 1e-4
+    assert "goldens" in checks["tp1_budget_source"]
+
+
+def test_a_size_that_nothing_can_be_compared_with_is_never_valid(tmp_path):
+    checkpoint = tmp_path / "own"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text('{"image_token_id": 598}')
+    arguments = ("--tp", "1,2", "--phases", "decode", "--checkpoint", str(checkpoint))
+    assert perf(tmp_path, *arguments, target=f"{TRUTH}:bad=only32") == EXIT_FAILED
+    _, found = rows(tmp_path)
+    assert found["decode/tp2"].state == "failed"
+    assert "no budget could be derived" in found["decode/tp2"].reason
+    assert found["decode/tp2"].values_s, "what was measured is kept"
+
+
+def test_a_request_that_the_target_refuses_fails_its_cells_only(tmp_path):
+    assert perf(tmp_path, "--phases", "preprocess,decode", target=f"{TRUTH}:bad=refuse") == EXIT_FAILED
+    run, found = rows(tmp_path)
+    assert run.complete
+    assert found["preprocess/tp1"].state != "failed"
+    assert "too long for the truth" in found["decode/tp1"].reason
+
+
+def test_other_code_does_not_continue_a_run(tmp_path):
+    adapter = tmp_path / "mine.py"
+    adapter.write_text(Path(TRUTH.rpartition(":")[0]).read_text())
+    assert perf(tmp_path, "--phases", "preprocess", target=f"{adapter}:Truth") == EXIT_OK
+    (run,) = runs(tmp_path / "results")
+    lines = run.path.read_text().splitlines()
+    run.path.write_text("\n".join(lines[:-1]) + "\n")  # without its footer it is unfinished
+    adapter.write_text(adapter.read_text() + "\n# another version\n")
+    assert perf(tmp_path, "--phases", "preprocess", target=f"{adapter}:Truth") == EXIT_OK
+    assert len(list(runs(tmp_path / "results"))) == 2, "rows of other code must not be kept as this code's"
 
 
 def test_a_prompt_longer_than_the_usual_cache_gets_a_larger_one(tmp_path):
@@ -127,6 +161,14 @@ def test_a_time_limit_is_for_one_repetition_not_for_several(tmp_path):
     assert perf(tmp_path, "--phases", "decode", "--timeout", "1.0", target=f"{TRUTH}:bad=slow") == EXIT_OK
     _, found = rows(tmp_path)
     assert sum(map(sum, found["decode/tp1"].values_s)) > 1.0, "the repetitions together have to outlast the limit"
+
+
+def test_failed_cells_are_shown_although_pytest_benchmark_has_nothing_to_show(tmp_path, capsys):
+    path = tmp_path / "benchmark.json"
+    arguments = ("--phases", "prefill", "--benchmark-json", str(path))
+    assert perf(tmp_path, *arguments, target=f"{TRUTH}:bad=crash") == EXIT_FAILED
+    assert "FAILED idefics3-photo/prefill/tp1" in capsys.readouterr().out
+    assert not path.exists()
 
 
 def test_an_unwritable_benchmark_file_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -217,6 +259,8 @@ def test_an_interrupt_says_how_to_go_on_and_ends_with_its_own_code(tmp_path):
         (["--phases", ","], "no phase is named"),
         (["--threads", "0"], "--threads 0"),
         (["--repeats", "0"], "--repeats 0"),
+        (["--cell-seconds", "nan"], "--cell-seconds nan"),
+        (["--timeout", "-1"], "--timeout -1"),
         (["--checkpoint", "nowhere"], "no config.json"),
     ],
 )

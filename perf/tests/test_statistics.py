@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmqual_perf.judge import ROUNDOFF_RATIO, Reference, budgets, compare, error, in_dtype
-from vlmqual_perf.statistics import deviation, drifts, interval, medians, resolution, steady
+from vlmqual_contract import fixtures
+from vlmqual_contract.scenario import load_scenarios
+from vlmqual_perf.judge import ROUNDOFF_RATIO, Reference, budgets, compare, error, in_dtype, stored_budgets
+from vlmqual_perf.statistics import deviation, drifts, medians, resolution, steady
 
 
 def test_windows_that_agree_within_five_per_cent_are_steady():
@@ -27,18 +29,22 @@ def test_the_median_absolute_deviation_is_the_hand_made_one():
     assert deviation([1.0, 2.0, 4.0, 8.0, 100.0]) == 3.0
 
 
-def test_the_interval_holds_the_median_and_narrows_with_more_values():
+def test_the_resolution_shrinks_with_more_values_and_is_zero_without_spread():
     values = np.random.Generator(np.random.PCG64(7)).lognormal(0.0, 0.3, 400)
-    low, high = interval(values)
-    assert low <= np.median(values) <= high
     assert resolution(values) < resolution(values[:10])
     assert resolution([2.0] * 9) == 0.0
 
 
-def test_a_nominal_interval_covers_the_true_median_about_as_often_as_it_says():
+def test_a_change_of_the_size_of_the_resolution_is_seen_in_about_eight_of_ten_pairs():
     draws = np.random.Generator(np.random.PCG64(3))
-    hits = sum(low <= 1.0 <= high for low, high in (interval(draws.lognormal(0.0, 0.2, 30)) for _ in range(200)))
-    assert 175 <= hits <= 199, f"a 95 % interval held the true median in {hits} of 200 samples"
+    spread, count = 0.1, 40
+    truth = 1.2533 * spread / count**0.5  # standard error of the median of normal values
+    change = (1.96 + 0.84) * 2**0.5 * truth
+    pairs = [(1 + spread * draws.standard_normal(count), 1 + spread * draws.standard_normal(count)) for _ in range(200)]
+    said = float(np.median([resolution(first) for first, _ in pairs]))
+    assert 0.7 * change < said < 1.3 * change, f"resolution says {said:.4f}; by the textbook it is {change:.4f}"
+    seen = sum(np.median(second) + change - np.median(first) > 1.96 * 2**0.5 * truth for first, second in pairs)
+    assert 140 <= seen <= 180, f"a change of that size was seen in {seen} of 200 pairs"
 
 
 def test_a_repetition_is_the_median_of_its_steps():
@@ -101,3 +107,16 @@ def test_the_target_of_the_other_arm_is_the_same_one_in_another_dtype():
     assert in_dtype("eager", "float64") == "eager:dtype=float64"
     assert in_dtype("eager:device=cuda,dtype=bfloat16", "float64") == "eager:device=cuda,dtype=float64"
     assert in_dtype("dir/my.py:Mine:a=1", "float64") == "dir/my.py:Mine:a=1,dtype=float64"
+
+
+def test_stored_budgets_are_twice_the_worst_noise_of_the_checkpoints_goldens():
+    scenario = load_scenarios(fixtures.file("scenarios.toml"))["idefics3-photo"]
+    found = stored_budgets(scenario, "bfloat16")
+    noise = {"prefill": 0.0, "decode": 0.0}
+    for name in fixtures.names("goldens/idefics3/"):
+        if name.endswith(".npz"):
+            with np.load(fixtures.file(name)) as golden:
+                for phase in noise:
+                    noise[phase] = max(noise[phase], float(golden[f"noise/bfloat16/{phase}/logits"]))
+    assert found == {phase: 2 * value for phase, value in noise.items()}
+    assert stored_budgets(scenario, "int4") == {}

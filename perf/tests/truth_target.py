@@ -101,6 +101,8 @@ class TruthSession:
         return TruthStep(self, np.asarray(inputs["input_ids"]).sum(axis=1))
 
     def decode(self, step, tokens=None):
+        if self.bad == "refuse":
+            raise UsageError("the prompt is too long for the truth")
         self.book("decode")
         state = step.state + (step.state % VOCABULARY if tokens is None else tokens) + 1
         if self.bad == "tokens" and self.tp > 1:
@@ -112,7 +114,7 @@ class TruthSession:
 
 class Truth:
     def __init__(self, dtype="float32", bad="", log=""):
-        if dtype not in ("float32", "float64"):
+        if dtype not in ("float32", "float64") or (bad == "only32" and dtype != "float32"):
             raise UsageError(f"dtype {dtype} is unknown")
         self.bad, self.dtype, self.log = bad, dtype, log
         self.info = Info(

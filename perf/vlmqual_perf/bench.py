@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlmqual_contract.errors import TargetFailure, TargetRaised, Unsupported
+from vlmqual_contract.errors import TargetFailure, TargetMisspoke, TargetRaised, Unsupported, UsageError
 from vlmqual_contract.records import Measurement
 from vlmqual_contract.remote import RemoteSession, RemoteTarget, Repeated
 from vlmqual_contract.scenario import Scenario
@@ -20,6 +20,7 @@ from vlmqual_perf.plan import Cell, config_of, model_of, prompts_of, shape_of
 
 WINDOW = 3
 WARMUP_WINDOWS = 8
+LEAST = 5
 POSITIONS = 2048
 TEXT_PHASES = ("prefill", "decode", "ttft")
 
@@ -58,7 +59,7 @@ class Bench:
         self._cell_s = cell_s
         self._threads = threads
         self._open: tuple[Model, RemoteSession] | None = None
-        self._inputs: dict[str, Inputs | TargetRaised | Unsupported] = {}
+        self._inputs: dict[str, Inputs | TargetFailure | Unsupported | UsageError] = {}
 
     def measure(self, cell: Cell) -> Measurement:
         """Measure one cell.
@@ -167,23 +168,25 @@ class Bench:
         if scenario.id not in self._inputs:
             try:
                 self._inputs[scenario.id] = session.preprocess(prompts_of(scenario))
-            except (TargetRaised, Unsupported) as failure:
+            except (TargetRaised, TargetMisspoke, Unsupported, UsageError) as failure:
                 if not self.target.alive:
                     raise
                 self._inputs[scenario.id] = failure
         found = self._inputs[scenario.id]
-        if isinstance(found, TargetFailure | Unsupported):
+        if isinstance(found, TargetFailure | Unsupported | UsageError):
             return 0
         return int(found["input_ids"].shape[1]) + scenario.new_tokens
 
     def _tensors(self, scenario: Scenario) -> Inputs:
         found = self._inputs[scenario.id]
-        if isinstance(found, TargetFailure | Unsupported):
+        if isinstance(found, TargetFailure | Unsupported | UsageError):
             raise found
         return found
 
 
 def _state(values: Any, warm: bool) -> tuple[State, str]:
+    if len(values) < LEAST:
+        return "noisy", f"{len(values)} repetitions say nothing of the spread"
     if not warm:
         return "not-steady", "warm-up windows did not come to agree"
     if statistics.drifts(values):

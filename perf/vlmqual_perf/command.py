@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmqual_contract import fixtures, machine
-from vlmqual_contract.discovery import suite_version
+from vlmqual_contract.discovery import code_digest, suite_version
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, UsageError
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.records import Header, Measurement, Writer
@@ -59,8 +60,10 @@ class _Command:
     def run(self, args: argparse.Namespace) -> int:
         """Plan, check, measure, show."""
         for name in ("repeats", "cell_seconds", "timeout"):
-            if getattr(args, name) <= 0:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
+            if not (0 < getattr(args, name) < float("inf")):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive and finite")
+        if args.results.exists() and not args.results.is_dir():
+            raise UsageError(f"results directory {args.results} is no directory")
         sizes = _numbers(args.tp)
         scenarios = select(load_scenarios(fixtures.file("scenarios.toml")), args.suite)
         if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
@@ -98,6 +101,9 @@ class _Command:
                 "repeats": args.repeats,
                 "cell_s": args.cell_seconds,
                 "checkpoint": str(args.checkpoint or ""),
+                "config": _digest(args.checkpoint / "config.json") if args.checkpoint else "",
+                "code": code_digest(args.target),
+                "python": args.python or "",
                 "fixtures": fixtures.digest(),
                 **({"rehearsal": True} if args.rehearse else {}),
             },
@@ -132,12 +138,12 @@ def _measure(plan: Sequence[Cell], settings: Settings, writer: Writer, front: Fr
         reporter.stop()
     writer.finish()
     rows = [row for row in writer.done.values() if isinstance(row, Measurement)]
-    if front.wanted:
-        show(rows, front)
     table(rows, reporter.console)
     failed = [row for row in rows if row.state == "failed"]
     for row in failed:
         reporter.console.print(f"FAILED {row.case}: {row.reason}", soft_wrap=True, markup=False)
+    if front.wanted and any(row not in failed for row in rows):
+        show(rows, front)
     reporter.console.print(str(writer.path), soft_wrap=True, markup=False)
     return EXIT_FAILED if failed else EXIT_OK
 
@@ -159,6 +165,10 @@ def _check(args: argparse.Namespace, scenarios: Sequence[Scenario], sizes: Seque
             for size in sizes:
                 target.check(model_of(scenario, args.checkpoint), Options(tp=size, batch=scenario.batch))
     return info
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

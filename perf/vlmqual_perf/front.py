@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +42,19 @@ class Front:
         """Fail before anything is measured rather than after.
 
         Raises:
-            UsageError: the JSON file cannot be written.
+            UsageError: the JSON file cannot be written, or the histogram's library is not installed.
         """
+        if self.histogram is not None and importlib.util.find_spec("pygal") is None:
+            raise UsageError("--benchmark-histogram needs pygal; install pytest-benchmark[histogram]")
         if self.json is None:
             return
         try:
             self.json.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.json.exists()
             with self.json.open("a"):
                 pass
+            if new:
+                self.json.unlink()
         except OSError as error:
             raise UsageError(f"--benchmark-json {self.json}: {error.strerror or error}") from error
 

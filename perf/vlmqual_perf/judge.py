@@ -2,18 +2,22 @@
 
 The noise is measured in the same run: TP=1 in the declared dtype against TP=1 in float64, with the same tokens. Both TP
 sizes may be that far from the truth, so they may be twice that far from each other. A float64 target has nothing wider
-to be measured against: its noise is the float32 arm's, scaled by the ratio of the two roundoffs.
+to be measured against: its noise is the float32 arm's, scaled by the ratio of the two roundoffs. For a target that
+runs in one dtype only, the noise is that of the worst honest arm of the checkpoint's goldens. Where none of this can be
+had, a size is not judged, and its cells fail.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from vlmqual_contract import distance
+from vlmqual_contract import distance, fixtures
 from vlmqual_contract.discovery import parse
+from vlmqual_contract.scenario import Scenario
 from vlmqual_contract.target import FloatArray, IntArray
 
 MARGIN = 2.0
@@ -29,8 +33,8 @@ class Reference:
         tokens: (B, 1 + steps) greedy tokens.
         digest: of these tokens.
         logits: (1 + steps, B, V), the prefill's first.
-        budgets: largest error that another size may have, for "prefill" and "decode"; empty when it is not known.
-        source: how the budgets came about, or why there is none.
+        budgets: largest error that another size may have, for "prefill" and "decode".
+        source: how the budgets came about.
     """
 
     tokens: IntArray
@@ -76,6 +80,30 @@ def budgets(own: FloatArray, other: FloatArray, dtype: str) -> dict[str, float]:
     return {phase: MARGIN * value for phase, value in noise.items()}
 
 
+def stored_budgets(scenario: Scenario, dtype: str) -> dict[str, float]:
+    """The same from the goldens of a fixture checkpoint, for a target that runs in one dtype only.
+
+    Args:
+        scenario: names the checkpoint.
+        dtype: the declared dtype.
+
+    Returns:
+        Twice the error of the worst honest arm over all goldens of the checkpoint; empty when there is none.
+    """
+    noise: dict[str, float] = {}
+    for name in fixtures.names(f"goldens/{scenario.family}/"):
+        if not name.endswith(".npz"):
+            continue
+        with np.load(fixtures.file(name), allow_pickle=False) as golden:
+            if json.loads(str(golden["meta"]))["checkpoint"] != scenario.checkpoint:
+                continue
+            for phase in ("prefill", "decode"):
+                key = f"noise/{dtype}/{phase}/logits"
+                if key in golden.files:
+                    noise[phase] = max(noise.get(phase, 0.0), float(golden[key]))
+    return {phase: MARGIN * value for phase, value in noise.items()} if len(noise) == 2 else {}
+
+
 def compare(
     reference: Reference, phase: str, logits: FloatArray, digest: str, dtype: str
 ) -> tuple[dict[str, object], str]:
@@ -93,7 +121,7 @@ def compare(
     """
     phase = "decode" if phase == "decode" else "prefill"
     found = error(part(logits, phase), part(reference.logits, phase))
-    budget = reference.budgets.get(phase)
+    budget = reference.budgets[phase]
     same = digest == reference.digest
     checks: dict[str, object] = {
         "tp1_error": found if np.isfinite(found) else None,
@@ -103,7 +131,7 @@ def compare(
     }
     if not np.isfinite(found):
         return checks, f"logits of {phase} under forced tokens have another shape than TP=1's or are not finite"
-    if budget is not None and found > budget:
+    if found > budget:
         return checks, (
             f"logits of {phase} under forced tokens are {found:.3g} from TP=1's, "
             f"more than the {dtype} budget of {budget:.3g}"

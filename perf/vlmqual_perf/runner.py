@@ -13,10 +13,10 @@ from vlmqual_contract.records import Measurement, Writer
 from vlmqual_contract.remote import RemoteTarget, Repeated
 from vlmqual_contract.scenario import Scenario
 from vlmqual_perf.bench import TEXT_PHASES, Bench
-from vlmqual_perf.judge import MARGIN, Reference, budgets, compare, in_dtype
+from vlmqual_perf.judge import MARGIN, Reference, budgets, compare, in_dtype, stored_budgets
 from vlmqual_perf.plan import Cell
 
-Failures = (TargetFailure, Unsupported)
+Failures = (TargetFailure, Unsupported, UsageError)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,13 @@ class Runner:
                         stack.close()
                         bench = stack.enter_context(self._bench(size, scenarios))
                     row = bench.measure(cell)
-                    if size > 1 and cell.phase in TEXT_PHASES and row.state != "failed":
-                        row = self._judged(row, cell, bench, judged)
                 except Failures as failure:
                     row = _failed(cell, str(failure), bench)
+                if bench is not None and size > 1 and cell.phase in TEXT_PHASES and row.state != "failed":
+                    try:
+                        row = self._judged(row, cell, bench, judged)
+                    except Failures as failure:  # what was measured is kept
+                        row = replace(row, state="failed", reason=f"cannot be compared with TP=1: {failure}")
                 if self._settings.rehearse:
                     row = replace(row, checks={**row.checks, "rehearsal": True})
                 self._writer.add(row)
@@ -122,7 +125,7 @@ class Runner:
     def _judged(self, row: Measurement, cell: Cell, bench: Bench, answers: dict[str, Repeated | None]) -> Measurement:
         reference = self._references[cell.scenario.id]
         if isinstance(reference, str):
-            return replace(row, state="failed", reason=f"TP=1 gave nothing to compare with: {reference}")
+            return replace(row, state="failed", reason=f"cannot be compared with TP=1: {reference}")
         forced_key, free_key = f"{cell.scenario.id}/forced", f"{cell.scenario.id}/free"
         if forced_key not in answers:
             answers[forced_key] = bench.answer(cell.scenario, reference.tokens)
@@ -144,12 +147,12 @@ class Runner:
         if dtype == "float64":
             source = f"{MARGIN:g} times TP=1's float32 error in this run, scaled to float64's roundoff"
         arms: dict[str, Repeated | str] = {}
-        why = ""
+        why = f"the {other} arm gave no answer"
         try:
             arms, found = self._answers(missing, in_dtype(self._settings.target, other), answers)
             if found != other:
                 arms, why = {}, f"the target declares {found} when asked for {other}"
-        except (UsageError, *Failures) as failure:
+        except Failures as failure:
             why = f"the target does not run in {other} ({failure})"
         for name, answer in answers.items():
             if isinstance(answer, str):
@@ -159,11 +162,18 @@ class Runner:
             assert answer.logits is not None
             arm = arms.get(name, why)
             limits: dict[str, float] = {}
+            said = source
             if not isinstance(arm, str):
                 assert arm.logits is not None
                 limits = budgets(answer.logits, arm.logits, dtype)
-                why = "" if limits else f"the {other} arm or TP=1 itself is not finite"
-            said = source if limits else f"not judged: {arm if isinstance(arm, str) else why}"
+                arm = f"the {other} arm or TP=1 itself is not finite"
+            if not limits:
+                scenario = scenarios[name]
+                limits = {} if self._settings.checkpoint else stored_budgets(scenario, dtype)
+                said = f"{MARGIN:g} times the worst honest arm of the goldens of {scenario.checkpoint}, since {arm}"
+            if not limits:
+                self._references[name] = f"no budget could be derived: {arm}"
+                continue
             self._references[name] = Reference(answer.tokens, answer.digests[-1], answer.logits, limits, said)
 
     def _answers(

@@ -51,13 +51,6 @@ def deviation(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
     return float(np.median(np.abs(np.asarray(values) - np.median(values))))
 
 
-def interval(values: Sequence[float] | npt.NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median, from a fixed seed."""
-    tails = [50.0 * (1.0 - level), 100.0 - 50.0 * (1.0 - level)]
-    low, high = np.percentile(_resampled(values), tails)
-    return float(low), float(high)
-
-
 def _resampled(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     data = np.asarray(values, dtype=np.float64)
     draws = np.random.Generator(np.random.PCG64(0)).integers(0, len(data), (RESAMPLES, len(data)))

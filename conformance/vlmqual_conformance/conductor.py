@@ -1,0 +1,408 @@
+"""One pytest session as one run: starts the subject, chooses its cases, writes a verdict for each, says how it went."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from vlmqual_conformance import catalogue, failures, goldens, marks, outcomes, policy, progress, subjects
+from vlmqual_conformance.catalogue import Case
+from vlmqual_conformance.failures import Failure
+from vlmqual_conformance.outcomes import outcome_of
+from vlmqual_contract import fixtures, machine
+from vlmqual_contract.discovery import code_digest, suite_version
+from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, TargetFailure, VlmqualError
+from vlmqual_contract.launch import Limits
+from vlmqual_contract.records import Header, Outcome, Verdict, Writer, finite
+from vlmqual_contract.requirement import LEVELS, Requirement
+from vlmqual_contract.target import FAMILIES, Info
+
+CASE = pytest.StashKey[Case]()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one session does, from its options.
+
+    Attributes:
+        target: target string, or "" for a library run.
+        library: name of a library, or "".
+        families: families to be judged.
+        levels: levels to be judged, in the suite's order.
+        results: folder of results files.
+        python: interpreter of the subject's environment, or None.
+        timeout_s: seconds for one answer.
+        fresh: do not continue an unfinished run.
+        known: further files of known failures.
+        command: command line, for the record.
+        status: file that the outcome is written to for the caller, or None.
+        keyword: pytest's `-k`.
+    """
+
+    target: str
+    library: str
+    families: tuple[str, ...]
+    levels: tuple[str, ...]
+    results: Path
+    python: str | None
+    timeout_s: float
+    fresh: bool
+    known: tuple[Path, ...]
+    command: str
+    status: Path | None
+    keyword: str
+
+    @property
+    def subject(self) -> str:
+        """As in the header of the results file."""
+        return self.target or f"library {self.library}"
+
+
+@dataclass
+class _Running:
+    """What is known of the case in flight."""
+
+    error: BaseException | None = None
+    text: str = ""
+    seconds: float = 0.0
+    judge: policy.Judge | None = None
+
+
+@dataclass
+class _Counts:
+    """What the collection found."""
+
+    cases: list[Case] = field(default_factory=list)
+    whole: bool = False
+
+
+class Conductor:
+    """Runs one subject: starts it, chooses its cases, writes its verdicts."""
+
+    def __init__(self, config: pytest.Config, plan: Plan) -> None:
+        self.plan = plan
+        self._config = config
+        self._found = _Counts()
+        self._requirements: dict[str, Requirement] = {}
+        self._failures: list[Failure] = []
+        self._keeper: subjects.TargetKeeper | subjects.LibraryKeeper | None = None
+        self._writer: Writer | None = None
+        self._reporter: progress.Reporter | None = None
+        self._running = _Running()
+        self._planned: list[str] = []
+        self._stopped: tuple[str, int] | None = None
+        self._chosen = False
+        self._exit = EXIT_INCOMPLETE
+        self._broken: list[str] = []
+
+    # start and collection --------------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """Start the subject; what prevents that ends the session with one sentence."""
+        try:
+            self._requirements = catalogue.requirements()
+            self._failures = [
+                *failures.load_known(),
+                *(failures.load_known(self.plan.known) if self.plan.known else ()),
+            ]
+            limits = Limits(call_s=self.plan.timeout_s)
+            if self.plan.target:
+                self._keeper = subjects.TargetKeeper(self.plan.target, python=self.plan.python, limits=limits)
+                dtype = self._keeper.info.dtype
+                if dtype not in policy.DTYPES:
+                    valid = ", ".join(policy.DTYPES)
+                    sentence = f"{self.plan.target} declares the compute dtype {dtype!r}; valid are {valid}"
+                    self._stopped = (sentence, EXIT_USAGE)
+            else:
+                self._keeper = subjects.LibraryKeeper(self.plan.library, python=self.plan.python, limits=limits)
+        except TargetFailure as failure:
+            self._stopped = (f"{self.plan.subject} did not come up: {failure}", EXIT_FAILED)
+        except VlmqualError as mistake:
+            self._stopped = (str(mistake), EXIT_USAGE)
+        if self._keeper is not None:
+            self._config.stash[subjects.KEEPER] = self._keeper
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> None:
+        """End the session here when it could not start: pytest says nothing of an exit from here on."""
+        if self._stopped is not None:
+            self._leave(*self._stopped)
+
+    def _leave(self, sentence: str, code: int = EXIT_USAGE) -> NoReturn:
+        self._exit = code
+        self._status()
+        print(f"vlmqual conformance: {sentence}", file=sys.stderr)
+        pytest.exit(sentence, returncode=code)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, items: list[pytest.Item]
+    ) -> Generator[None, None, None]:
+        """Check tests against requirements, then keep the cases of this subject, in the order of the levels."""
+        if not session.testsfailed:  # else a test file cannot be imported; pytest says which
+            self._choose(items)
+        yield
+        self._chosen = not session.testsfailed
+
+    def _choose(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            item.stash[CASE] = case_of(item)
+        self._found.cases = [item.stash[CASE] for item in items]
+        self._found.whole = _is_whole(self._config)
+        if found := catalogue.problems(self._found.cases, self._requirements, whole=self._found.whole):
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            self._leave(f"{found[0]}{more}")
+        names = [case.name for case in self._found.cases]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            self._leave(f"two cases are called {twice[0]}")
+        kept = [item for item in items if self._mine(item.stash[CASE])]
+        kept.sort(key=lambda item: LEVELS.index(self._first(item.stash[CASE]).level))
+        items[:] = kept
+        for item in kept:
+            item.stash[subjects.FAMILY] = self._first(item.stash[CASE]).family
+
+    def _first(self, case: Case) -> Requirement:
+        return self._requirements[case.ids[0]]
+
+    def _mine(self, case: Case) -> bool:
+        first = self._first(case)
+        families = self.plan.families or FAMILIES
+        subject = "target" if self.plan.target else "library"
+        return first.subject == subject and first.family in families and first.level in self.plan.levels
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Open the results file; cases with a verdict from an earlier, unfinished run are not run again."""
+        if not self._chosen or self._config.option.collectonly:
+            return
+        rows = self._rows_without_a_test()
+        self._planned = [item.stash[CASE].name for item in session.items] + [row.case for row in rows]
+        if not self._planned:
+            self._exit = EXIT_OK
+            self._status()
+            print(f"{self.plan.subject}: nothing is selected")
+            pytest.exit("nothing is selected", returncode=EXIT_OK)
+        try:
+            self._writer = Writer.start(self.plan.results, self._header(), fresh=self.plan.fresh)
+        except VlmqualError as mistake:
+            self._leave(str(mistake))
+        done = self._writer.done
+        again = f", {len(done)} of them from a run that was not finished" if done else ""
+        title = f"{self.plan.subject}\n  {self._about()}\n  {len(self._planned)} cases{again}"
+        session.items[:] = [item for item in session.items if item.stash[CASE].name not in done]
+        self._reporter = progress.Reporter(title, len(session.items))
+        for row in rows:
+            if row.case not in done:
+                self._writer.add(row)
+        self._status()
+
+    def _rows_without_a_test(self) -> list[Verdict]:
+        """Verdicts that need no test: requirements that cannot be tested, known failures that name nothing."""
+        rows: list[Verdict] = []
+        whole = self._found.whole and not self.plan.keyword
+        if self.plan.library and not self.plan.keyword:
+            families = self.plan.families or FAMILIES
+            for item in self._requirements.values():
+                if item.untested and item.family in families and item.level in self.plan.levels:
+                    name = f"{item.family}.toml::{item.id}"
+                    verdict = Verdict(name, (item.id,), item.family, item.level, Outcome.NOT_APPLICABLE, item.untested)
+                    rows.append(verdict)
+        for entry in self._concerned() if whole else ():
+            if not any(entry.names(case.name, case.ids) for case in self._found.cases):
+                text = f"the known failure {entry.case!r} of {entry.file} names nothing: {entry.reason}"
+                rows.append(Verdict(f"{entry.file}::{entry.case}", (), "", "", Outcome.FAIL, text))
+        return rows
+
+    def _concerned(self) -> list[Failure]:
+        name, version = self._library()
+        dtype, runtime = (self._info.dtype, self._info.runtime) if self._info else ("", "")
+        return [entry for entry in self._failures if entry.concerns(name, version, dtype, runtime)]
+
+    @property
+    def _info(self) -> Info | None:
+        return self._keeper.info if isinstance(self._keeper, subjects.TargetKeeper) else None
+
+    def _library(self) -> tuple[str, str]:
+        """Name and version of the library whose known failures count."""
+        if isinstance(self._keeper, subjects.LibraryKeeper):
+            return self._keeper.name, self._keeper.version
+        info = self._info
+        assert info is not None, "the subject has not been started"
+        return info.library, info.software.get(info.library) or info.version
+
+    def _about(self) -> str:
+        if (info := self._info) is None:
+            return " ".join(self._library())
+        return f"{info.name} {info.version} on {info.device}, {info.runtime}, compute dtype {info.dtype}"
+
+    def _header(self) -> Header:
+        name, version = self._library()
+        info = {**asdict(self._info), "capabilities": sorted(self._info.capabilities)} if self._info else {}
+        families = self.plan.families or tuple(sorted({item.family for item in self._requirements.values()}))
+        extra = [*self.plan.known, *catalogue.requirement_files()]
+        return Header(
+            kind="conformance",
+            subject=self.plan.subject,
+            suite=suite_version(),
+            info=info or {"name": name, "version": version, "library": name},
+            machine=machine.describe(),
+            command=self.plan.command,
+            plan={
+                "families": list(families),
+                "levels": list(self.plan.levels),
+                "fixtures": fixtures.digest(),
+                "suite": catalogue.digest(extra),
+                "code": code_digest(self.plan.target or self.plan.library),
+                "select": self.plan.keyword,
+                "threads": subjects.THREADS,
+                "calibration": any(goldens.makers(family).get(name) == version for family in families),
+                "budget": f"{policy.FACTOR:g} x the noise of the worst honest arm",
+            },
+        )
+
+    # one case --------------------------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Around a case: remember what happens, then write its verdict."""
+        case = item.stash[CASE]
+        if self._reporter:
+            self._reporter.starting(self._first(case).level)
+        self._running = _Running()
+        result = yield
+        if self._keeper is not None:
+            self._keeper.ended(self._running.error)
+        self._conclude(case)
+        return result
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Cases that cannot be tried on this target end here."""
+        if (info := self._info) is None:
+            return
+        case = item.stash[CASE]
+        if (family := self._first(case).family) not in info.families:
+            raise outcomes.NotApplicable(f"the target does not open models of the family {family}")
+        subjects.demand(info, catalogue.needs(case, self._requirements))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keep what was raised first, the time of the call, and the comparisons."""
+        report = yield
+        if call.when == "call":
+            self._running.seconds = call.duration
+        judge = getattr(item, "funcargs", {}).get("judge")
+        if isinstance(judge, policy.Judge):
+            self._running.judge = judge
+        if call.excinfo is not None and self._running.error is None:
+            self._running.error = call.excinfo.value
+            self._running.text = str(report.longrepr or "")
+        return report
+
+    def _conclude(self, case: Case) -> None:
+        running, first = self._running, self._first(case)
+        if isinstance(running.error, (KeyboardInterrupt, pytest.exit.Exception)):
+            return
+        outcome, reason = outcome_of(running.error)
+        if outcomes.is_ours(running.error):
+            self._broken.append(f"{case.name}\n{running.text or traceback.format_exception(running.error)}")
+        entries = [entry for entry in self._concerned() if entry.names(case.name, case.ids)]
+        judged = failures.judge(outcome, reason, entries, date.today())
+        details: dict[str, Any] = dict(judged.details)
+        worst = component = None
+        if (judge := running.judge) is not None and judge.findings:
+            shown = judge.first_out or judge.worst
+            if shown is not None and judge.worst is not None:
+                worst, component = finite(judge.worst.ratio), shown.component
+            details["ratios"] = {finding.component: finite(round(finding.ratio, 4)) for finding in judge.findings}
+        info = self._info
+        verdict = Verdict(
+            case=case.name,
+            requirements=case.ids,
+            family=first.family,
+            level=first.level,
+            outcome=judged.outcome,
+            reason=judged.reason,
+            worst=worst,
+            component=component or "",
+            dtype=info.dtype if info else "",
+            seconds=round(running.seconds, 4),
+            details=details,
+        )
+        if self._writer is not None:
+            self._writer.add(verdict)
+        if self._reporter is not None:
+            self._reporter.ended(verdict)
+
+    # end -------------------------------------------------------------------------------------------------------------
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Say why a test file cannot be collected."""
+        if report.failed:
+            print(f"{report.nodeid}: {report.longrepr}", file=sys.stderr)
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        """Say what went wrong in the machine itself."""
+        print(excrepr, file=sys.stderr)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the footer when every case has its verdict; say how it went."""
+        if self._keeper is not None:
+            self._keeper.stop()
+        if self._reporter is not None:
+            self._reporter.close()
+        writer = self._writer
+        if writer is None:
+            return
+        if all(name in writer.done for name in self._planned):
+            writer.finish()
+            bad = {Outcome.FAIL, Outcome.ERROR}
+            verdicts = [row for row in writer.done.values() if isinstance(row, Verdict)]
+            self._exit = EXIT_FAILED if any(row.outcome in bad for row in verdicts) else EXIT_OK
+            for text in self._broken:
+                print(text, file=sys.stderr)
+            print(progress.summary(verdicts, self._reporter.width if self._reporter else 80))
+            print(f"  {progress.counted(verdicts)}\n  results: {writer.path}")
+        else:
+            done = sum(name in writer.done for name in self._planned)
+            print(f"  incomplete: {done} of {len(self._planned)} cases have a verdict; the same command resumes")
+            print(f"  results: {writer.path}")
+        session.exitstatus = self._exit
+        self._status()
+
+    def _status(self) -> None:
+        if self.plan.status is None:
+            return
+        name = self._library()[0] if self._keeper is not None else ""
+        path = str(self._writer.path) if self._writer else ""
+        state = {"exit": self._exit, "library": name, "path": path}
+        self.plan.status.write_text(json.dumps(state), "utf-8")
+
+
+def case_of(item: pytest.Item) -> Case:
+    """Name and marks of a test."""
+    ids: list[str] = []
+    needs: set[Any] = set()
+    for mark in item.iter_markers(marks.NAME):
+        ids += [name for name in mark.args if name not in ids]
+        needs.update(mark.kwargs.get("needs", ()))
+    name = f"{item.path.name}::{item.nodeid.partition('::')[2]}"
+    names: Sequence[str] = getattr(item, "fixturenames", ())
+    return Case(name, tuple(ids), frozenset(needs), catalogue.LIBRARY_FIXTURE in names)
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """True when the whole suite is collected, not some files of it."""
+    names = {str(arg) for arg in config.args}
+    return "vlmqual_conformance.suite" in names or any(Path(name).resolve() == catalogue.SUITE for name in names)
