@@ -183,3 +183,9 @@ def test_a_golden_knows_what_a_target_must_offer():
 def test_the_makers_of_goldens_are_in_the_manifest():
     assert goldens.makers("idefics3")["transformers"] == "4.46.3"
     assert goldens.makers("mllama") == {}
+
+
+def test_a_gold_of_zeros_is_met_by_zeros_only():
+    zeros = np.zeros((2, 3))
+    assert distance.error(zeros, zeros) == 0.0
+    assert distance.error(zeros + 1e-9, zeros) == float("inf")

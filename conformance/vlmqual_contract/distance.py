@@ -41,4 +41,8 @@ def error(value: FloatArray, gold: FloatArray, mask: Array | None = None, scale:
     away = np.linalg.norm(value.astype(np.float64) - gold.astype(np.float64), axis=-1)
     if mask is not None:
         away = away[mask != 0]
-    return float(away.max()) / (length(gold, mask) if scale is None else scale)
+    usual = length(gold, mask) if scale is None else scale
+    farthest = float(away.max())
+    if usual == 0.0:  # gold is zero everywhere: only zero is right
+        return 0.0 if farthest == 0.0 else float("inf")
+    return farthest / usual

@@ -219,3 +219,10 @@ def test_settings_that_are_not_offered_or_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         model.generate(torch.tensor([[5]]), **settings)
+
+
+def test_logits_that_are_not_finite_are_refused_and_not_chosen_from() -> None:
+    logits = torch.zeros(1, 4)
+    logits[0, 2] = float("nan")
+    with pytest.raises(ValueError, match="1 of 4 logits are not finite"):
+        choose(logits, GenerationConfig())

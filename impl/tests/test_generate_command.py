@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,38 @@ def test_bytes_of_an_unfinished_character_wait(capsys: pytest.CaptureFixture[str
     printer.end()
     assert shown == ["a", "", "é", "!"]
     assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "sentence"),
+    [
+        ("config.json", ("text_config", "rope_theta"), "abc", "text_config.rope_theta is 'abc'"),
+        ("config.json", ("text_config", "rope_scaling"), [1, 2], "it has to be a mapping"),
+        ("config.json", ("text_config", "rms_norm_eps"), None, "rms_norm_eps"),
+        ("config.json", ("vision_config", "layer_norm_eps"), "x", "layer_norm_eps"),
+        ("generation_config.json", ("temperature",), "x", "temperature is 'x'"),
+        ("generation_config.json", ("bad_words_ids",), [5], "bad_words_ids"),
+        ("chat_template.json", ("chat_template",), "{% for", "the chat template cannot be rendered"),
+    ],
+)
+def test_a_wrong_value_in_a_file_of_the_checkpoint_is_one_sentence(
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    path: tuple[str, ...],
+    value: object,
+    sentence: str,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    content = json.loads((copy / file).read_text())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (copy / file).write_text(json.dumps(content))
+    assert run("--checkpoint", str(copy), "--prompt", "Hello", "--max-new-tokens", "2") == 2
+    errors = capsys.readouterr().err
+    assert sentence in errors
+    assert "Traceback" not in errors

@@ -51,6 +51,9 @@ class _Command:
             return _generate(args)
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from error
+        except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+            # A file of the checkpoint holds something that no rule of ours looked for.
+            raise UsageError(f"{args.checkpoint} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _generate(args: argparse.Namespace) -> int:

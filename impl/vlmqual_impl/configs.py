@@ -106,6 +106,12 @@ class PretrainedConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 self._refuse(key, "it has to be a positive integer")
 
+    def _number(self, *keys: str) -> None:
+        for key in keys:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                self._refuse(key, "it has to be a number of at least 0")
+
     def __setattr__(self, key: str, value: Any) -> None:
         if getattr(self, "_frozen", False):
             raise AttributeError(f"{type(self).__name__} is frozen; replace({key}={value!r}) gives a changed copy")
@@ -288,6 +294,7 @@ class Idefics3VisionConfig(PretrainedConfig):
                 object.__setattr__(self, key, value[0])
         self._positive("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
         self._positive("image_size", "patch_size")
+        self._number("layer_norm_eps", "attention_dropout")
         if self.hidden_size % self.num_attention_heads:
             self._refuse("hidden_size", f"it does not divide by num_attention_heads {self.num_attention_heads}")
         if self.patch_size > self.image_size:
@@ -371,6 +378,10 @@ class LlamaConfig(PretrainedConfig):
     def _check(self) -> None:
         self._positive("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         self._positive("num_key_value_heads", "head_dim", "max_position_embeddings", "pretraining_tp")
+        self._number("rms_norm_eps", "rope_theta", "attention_dropout")
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(getattr(self, key, None), (Mapping, type(None))):
+                self._refuse(key, "it has to be a mapping")
         if self.num_attention_heads % self.num_key_value_heads:
             rule = f"it does not divide by num_key_value_heads {self.num_key_value_heads}"
             self._refuse("num_attention_heads", rule)

@@ -57,6 +57,10 @@ class Streamer(Protocol):
         ...
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How tokens are chosen and when to stop.
@@ -94,12 +98,12 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it has to be a positive number of tokens")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature!r}; it has to be above 0")
-        if not 0 < self.top_p <= 1:
+        if not _is_number(self.temperature) or not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature!r}; it has to be a number of at least 1e-6")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; it has to be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k!r}; it has to be at least 0")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+            raise ValueError(f"top_k is {self.top_k!r}; it has to be a whole number of at least 0")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -118,7 +122,7 @@ class GenerationConfig:
                 del taken[key]
         single: list[int] = []
         for words in values.get("bad_words_ids") or []:
-            if len(words) != 1:
+            if not isinstance(words, list) or len(words) != 1:
                 raise ValueError(f"generation setting bad_words_ids holds {words!r}; only single tokens are offered")
             single.append(int(words[0]))
         return cls(
@@ -189,7 +193,12 @@ def choose(logits: Tensor, config: GenerationConfig, generator: torch.Generator 
 
     Returns:
         (B,) int64.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{int((~torch.isfinite(logits)).sum())} of {logits.numel()} logits are not finite")
     if config.suppress_tokens:
         logits = logits.index_fill(1, torch.tensor(config.suppress_tokens, device=logits.device), float("-inf"))
     if not config.do_sample:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from vlmqual_contract.errors import UsageError
+from vlmqual_contract.requirement import LEVELS
 from vlmqual_reports.load import load, why_incomplete
 
 
@@ -36,6 +37,33 @@ def test_runs_that_differ_in_what_they_are_about_do_not_replace_each_other(book,
     assert len(results.newest) == 2, f"a run with another {next(iter(change))} hid the first one"
     columns = book.page().by_id("levels").rows()[0][2:]
     assert len(set(columns)) == 2, f"two columns cannot be told apart: {columns}"
+
+
+def test_a_later_run_with_other_fixtures_and_code_replaces_the_earlier_one(book, make_verdict):
+    scope = {"families": ["idefics3"], "levels": ["images"]}
+    book.write(
+        book.header(started="2027-01-01T00:00:00+00:00", plan={**scope, "fixtures": "a", "code": "a"}),
+        [make_verdict("a", "fail", reason="wrong")],
+    )
+    new = book.write(
+        book.header(started="2027-01-02T00:00:00+00:00", plan={**scope, "fixtures": "b", "code": "b"}),
+        [make_verdict("a")],
+    )
+    assert [run.path for run in load([book.folder]).newest] == [new], (
+        "a repaired failure would stay on the page for ever"
+    )
+
+
+def test_a_run_of_some_levels_is_as_required_for_these_only(book, make_verdict):
+    book.write(book.header(plan={"families": ["idefics3"], "levels": ["images"]}), [make_verdict("a")])
+    assert "as required as far as it was run: levels images only" in book.markdown()
+
+
+def test_a_run_of_all_levels_is_as_required_without_a_restriction(book, make_verdict):
+    book.write(book.header(plan={"families": ["idefics3"], "levels": list(LEVELS), "select": ""}), [make_verdict("a")])
+    text = book.markdown()
+    assert "as required" in text
+    assert "as far as it was run" not in text
 
 
 def test_a_file_that_is_named_twice_is_read_once(book, make_verdict):

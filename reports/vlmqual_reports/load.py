@@ -60,6 +60,9 @@ def load(paths: Sequence[Path]) -> Results:
     return Results(tuple(order), tuple(older), tuple(problems))
 
 
+_SCOPE = ("families", "levels", "select", "scenarios", "phases", "tp", "checkpoint", "rehearsal")
+
+
 def is_library(run: Run) -> bool:
     """True when the subject is a library, False when it is a target."""
     return run.header.subject.startswith("library ")
@@ -108,7 +111,9 @@ def _files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _key(run: Run) -> tuple[str, ...]:
-    return (run.header.kind, *subject_key(run), json.dumps(run.header.plan, sort_keys=True, default=str))
+    # What a run is about, not what it was made with: a later run of other fixtures or code replaces an earlier one.
+    scope = {key: run.header.plan.get(key) for key in _SCOPE}
+    return (run.header.kind, *subject_key(run), json.dumps(scope, sort_keys=True, default=str))
 
 
 def _age(run: Run) -> tuple[str, bool, int, str]:

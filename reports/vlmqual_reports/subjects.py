@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK
 from vlmqual_contract.records import Outcome, Run
+from vlmqual_contract.requirement import LEVELS
 from vlmqual_reports.conformance import counts, failed_requirements, has_expired
 from vlmqual_reports.load import is_library, subject_key, why_incomplete
 
@@ -115,7 +116,12 @@ def judge(runs: Sequence[Run], today: date) -> Judgement:
         if all(item.state == State.MEASURED for item in judged):
             return Judgement(state, "measured; conformance was not run")
         known = sum(row.outcome == Outcome.EXPECTED_FAIL for run in runs for row in run.verdicts)
-        return Judgement(State.OK, f"as required, with {_many(known, 'expected failure')}" if known else "as required")
+        line = f"as required, with {_many(known, 'expected failure')}" if known else "as required"
+        parts = [part for run in runs if (part := _part_only(run))]
+        whole = any(run.header.kind == "conformance" and not _part_only(run) for run in runs)
+        if parts and not whole:
+            line += f" as far as it was run: {'; '.join(parts)} only"
+        return Judgement(State.OK, line)
     told = dict.fromkeys(item.line for item in sorted(judged, key=lambda item: -_BEST_FIRST.index(item.state)))
     return Judgement(state, "; ".join(line for line in told if line not in (State.OK, State.MEASURED)))
 
@@ -159,6 +165,19 @@ def _conformance_failures(run: Run, today: date) -> list[str]:
     if expired := sum(has_expired(row, today) for row in run.verdicts):
         parts.append(f"{_many(expired, 'expected failure')} past expiry")
     return parts
+
+
+def _part_only(run: Run) -> str:
+    """What a conformance run was narrowed down to, "" for a whole one."""
+    if run.header.kind != "conformance":
+        return ""
+    levels, chosen = run.header.plan.get("levels"), run.header.plan.get("select") or ""
+    parts = []
+    if isinstance(levels, (list, tuple)) and set(levels) < set(LEVELS):
+        parts.append(f"levels {', '.join(map(str, levels))}")
+    if chosen:
+        parts.append(f"cases that match {chosen}")
+    return ", ".join(parts)
 
 
 def _perf_failures(run: Run) -> list[str]:

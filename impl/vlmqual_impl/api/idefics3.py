@@ -205,7 +205,9 @@ class Idefics3Model(Idefics3Trunk, PreTrainedModel):
             ids = ids.to(table.weight.device)
         if embeddings is None:
             if ids is None:
-                raise ValueError("neither input_ids nor inputs_embeds is given; one of them is needed")  # MODEL-014
+                raise ValueError(
+                    "neither input_ids nor inputs_embeds is given; one of them is needed"
+                )  # IDEFICS3-MODEL-014
             return table(ids), ids == self.image_token_id
         width = table.embedding_dim
         if embeddings.ndim != 3 or embeddings.shape[-1] != width:

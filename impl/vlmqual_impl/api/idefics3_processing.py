@@ -375,14 +375,19 @@ class Idefics3Processor:
             **kwargs: for the tokenizer, such as add_generation_prompt=True.
 
         Raises:
-            ValueError: there is no template.
+            ValueError: there is no template, or it cannot be rendered.
         """
+        from jinja2 import TemplateError
+
         template = chat_template if chat_template is not None else self.chat_template
         if template is None:
             raise ValueError("there is no chat template: neither the call, the processor nor the tokenizer has one")
         if tokenize:
             kwargs.setdefault("return_dict", False)
-        return self.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, **kwargs)
+        try:
+            return self.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot be rendered: {error}") from error
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Token ids to text; what an image was expanded to becomes `<image>` again, as in 4.46.3."""

@@ -291,6 +291,8 @@ def encode_images(
             f"frames of {frames.shape[2]}x{frames.shape[3]} pixels give {rows}x{columns} patches; "
             f"pixel shuffle needs a square grid that divides by scale_factor {trunk.config.scale_factor}"
         )
+    if not len(frames):
+        raise ValueError("pixel_values holds padding frames only: every value is 0")
     x = trunk.vision_model(frames.to(weight.dtype), patch_mask, implementation=trunk.implementation, taps=taps)
     features: Tensor = trunk.connector(x)
     tap(taps, "connector", features)
