@@ -118,11 +118,15 @@ def test_a_crash_is_no_hang_although_a_child_of_the_target_holds_the_pipe():
 def test_children_of_a_target_end_with_it():
     with RemoteTarget(f"{TOY}:bad=child") as target, target.open(MODEL) as session:
         session.vision({"pixel_values": np.ones(1)})
-        assert sleepers(), "the toy starts a child process"
-    deadline = time.monotonic() + 10
-    while sleepers() and time.monotonic() < deadline:
+        assert wait_until(sleepers), "the toy starts a child process"
+    assert wait_until(lambda: not sleepers()), "the child outlived its target"
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not sleepers(), "the child outlived its target"
+    return condition()
 
 
 def sleepers():
