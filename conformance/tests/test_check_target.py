@@ -33,7 +33,7 @@ def test_an_adapter_that_keeps_the_contract_is_told_so(capsys):
     ],
 )
 def test_what_an_adapter_does_wrong_is_named_and_the_check_comes_to_its_end(capsys, bad, sentence):
-    assert cli.main(["check-target", f"{TOY}:bad={bad}", "--timeout", "1"]) == EXIT_FAILED
+    assert cli.main(["check-target", f"{TOY}:bad={bad}", "--timeout", "3"]) == EXIT_FAILED
     text = capsys.readouterr().out
     assert sentence in text
     assert "checks failed" in text
