@@ -18,7 +18,7 @@ from vlmqual_contract import cli
 from vlmqual_contract.discovery import code_digest
 from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetRaised
 from vlmqual_contract.records import Outcome, Run, Verdict, read
-from vlmqual_contract.requirement import Citation, Requirement
+from vlmqual_contract.requirement import Citation, Requirement, Subject
 from vlmqual_contract.target import Model, Options
 
 TARGETS = Path(__file__).with_name("targets")
@@ -229,9 +229,9 @@ def test_a_run_that_is_stopped_keeps_every_finished_row_and_resumes(tmp_path: Pa
 # tests against requirements ----------------------------------------------------------------------------------------
 
 
-def a_requirement(name: str, *, subject: str = "target", untested: str = "") -> Requirement:
+def a_requirement(name: str, *, subject: Subject = "target", untested: str = "") -> Requirement:
     citation = Citation("a document", "1", "a section")
-    return Requirement(name, "idefics3", "vision", "MUST", subject, "It is so.", (citation,), untested=untested)  # type: ignore[arg-type]
+    return Requirement(name, "idefics3", "vision", "MUST", subject, "It is so.", (citation,), untested=untested)
 
 
 ONE, TWO = "IDEFICS3-VIS-001", "IDEFICS3-VIS-002"

@@ -181,7 +181,7 @@ def _from_file(spec: TargetString) -> Callable[..., Target]:
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # a user's file can raise anything; it is named with its error
         raise UsageError(f"target file {spec.file}: {type(error).__name__}: {error}") from error
     if not hasattr(module, spec.name):
         public = sorted(name for name, item in vars(module).items() if inspect.isclass(item) and name[0] != "_")

@@ -191,7 +191,7 @@ def serve(channel: Channel, server: Server) -> None:
         except (UsageError, Unsupported) as error:
             kind = "usage" if isinstance(error, UsageError) else "unsupported"
             reply = {"error": {"kind": kind, "message": str(error)}}
-        except Exception as error:
+        except Exception as error:  # whatever the target raises is an observation
             reply = {"error": _described(error)}
         try:
             channel.send(reply)
@@ -252,7 +252,7 @@ class _Command:
             channel.receive()
             channel.send({"error": {"kind": "usage", "message": f"{args.target or args.library}: {error}"}})
             return EXIT_OK
-        except Exception as error:
+        except Exception as error:  # whatever the target raises is an observation
             channel.receive()
             channel.send({"error": _described(error)})
             return EXIT_OK

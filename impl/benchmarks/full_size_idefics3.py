@@ -142,8 +142,8 @@ def reference_logits(directory: Path, dtype: torch.dtype, inputs: dict[str, Tens
         return scaled
 
     if dtype == torch.float64:
-        setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))  # noqa: B010
-        setattr(modeling_llama.LlamaRMSNorm, "forward", norm)  # noqa: B010
+        setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))  # noqa: B010  # mypy takes no assignment to it
+        setattr(modeling_llama.LlamaRMSNorm, "forward", norm)  # noqa: B010  # mypy takes no assignment to it
     try:
         model: Any = transformers.Idefics3ForConditionalGeneration.from_pretrained(
             directory, torch_dtype=dtype, attn_implementation="eager", low_cpu_mem_usage=True
@@ -152,8 +152,8 @@ def reference_logits(directory: Path, dtype: torch.dtype, inputs: dict[str, Tens
             logits: Tensor = model.eval()(**inputs).logits
         return logits.double()
     finally:
-        setattr(nn.functional, "softmax", softmax)  # noqa: B010
-        setattr(modeling_llama.LlamaRMSNorm, "forward", forward)  # noqa: B010
+        setattr(nn.functional, "softmax", softmax)  # noqa: B010  # mypy takes no assignment to it
+        setattr(modeling_llama.LlamaRMSNorm, "forward", forward)  # noqa: B010  # mypy takes no assignment to it
 
 
 def our_logits(directory: Path, dtype: torch.dtype, inputs: dict[str, Tensor], attention: str) -> Tensor:

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from vlmqual_adapters import goldens, reference
 from vlmqual_adapters.recipes import TINY
 from vlmqual_adapters.transformers_library import TransformersLibrary
 from vlmqual_adapters.transformers_session import TransformersSession
@@ -18,11 +21,6 @@ from vlmqual_adapters.transformers_target import TransformersTarget
 from vlmqual_contract import distance, fixtures
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.target import Capability, Model, Options, Prompt, Session
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-goldens = pytest.importorskip("vlmqual_adapters.goldens")
-reference = pytest.importorskip("vlmqual_adapters.reference")
 
 CHECKPOINT = fixtures.checkpoint(TINY)
 MODEL = Model(str(CHECKPOINT), "idefics3")

@@ -110,7 +110,7 @@ def test_constructors_take_the_composite_configuration_only() -> None:
     assert Idefics3Model(config).config is config
     for kind in (Idefics3Model, Idefics3ForConditionalGeneration):
         with pytest.raises(TypeError, match="not a Idefics3VisionConfig"):
-            kind(Idefics3VisionConfig())  # type: ignore[arg-type]
+            kind(Idefics3VisionConfig())  # type: ignore[arg-type]  # what must be refused
 
 
 def test_the_architecture_is_siglip_and_llama_without_perceiver(model: Idefics3ForConditionalGeneration) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import Environment
 from PIL import Image
+from tokenizers import Tokenizer
 
 from vlmqual_adapters import inventory, pictures, recipes, vocabulary
 from vlmqual_contract import fixtures
@@ -133,7 +135,7 @@ def test_the_released_geometry_enlarges_to_four_frames() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    return Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("text", ["Hello, world!", "  two  spaces\n\nand lines\n", "Größe 東京 ½ 🙂", "<row_1_col_2>"])
@@ -163,7 +165,7 @@ def test_too_many_merges_for_a_text_are_refused() -> None:
 
 
 def _rendered(messages: list[dict[str, Any]], ask: bool) -> str:
-    environment = pytest.importorskip("jinja2").Environment(trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_json(TINY / "chat_template.json")["chat_template"])
     text: str = template.render(messages=messages, add_generation_prompt=ask)
     return text

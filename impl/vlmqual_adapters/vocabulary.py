@@ -40,7 +40,7 @@ Please answer with one word. Please write a short caption. Please list all names
 <row_1_col_1> <row_1_col_2> <row_1_col_3> <row_1_col_4> <row_2_col_1> <row_2_col_2> <row_2_col_3> <row_2_col_4>
 <row_3_col_1> <row_3_col_2> <row_3_col_3> <row_3_col_4> <row_4_col_1> <row_4_col_2> <row_4_col_3> <row_4_col_4>
 <global-img> <global-img> <global-img> <global-img>
-"""  # noqa: E501
+"""  # noqa: E501  # a corpus: its lines are data
 # What the library's byte-level pre-tokenizer keeps together: a word, a number or other signs, with a space before.
 _PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 

@@ -43,7 +43,7 @@ def locate(
                 token=token,
             )
         )
-    except Exception as error:
+    except Exception as error:  # the hub library has no common base class for what can go wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{text}: neither a directory here nor a hub repository that can be had ({reason})"

@@ -153,7 +153,7 @@ def test_batches_with_different_numbers_of_images_are_expanded(idefics3: Idefics
     made = processor.call("", images=images, text=texts, padding=True, return_tensors="np")
     ids, mask = array(made, "input_ids"), array(made, "attention_mask")
     for row, text in enumerate(texts):
-        grids = [rules.grid(item.source.shape[:2], TILE, EDGE) for item in images[row]]  # type: ignore[union-attr]
+        grids = [rules.grid(item.source.shape[:2], TILE, EDGE) for item in images[row]]  # type: ignore[union-attr]  # image() gives arrays
         wanted = idefics3.tokenize(rules.expanded(text, grids, TOKENS))
         assert ids[row][mask[row] == 1].tolist() == wanted, f"row {row}"
     real = array(made, "pixel_attention_mask").any(axis=(2, 3)).sum(axis=1).tolist()
