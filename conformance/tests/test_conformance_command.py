@@ -116,6 +116,13 @@ def test_the_summary_has_a_line_for_each_level_and_every_case_that_is_not_as_req
     assert max(map(len, lines)) <= 80
 
 
+def test_the_summary_of_several_families_has_a_line_for_each_family_and_level():
+    rows = [*ROWS[:1], Verdict("test_b.py::test_c", ("MLLAMA-TOWER-001",), "mllama", "vision", Outcome.PASS, worst=0.5)]
+    lines = summary(rows).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["idefics3", "vision", "1"], ["mllama", "vision", "1"]]
+    assert max(map(len, lines)) <= 80
+
+
 def test_a_log_without_a_terminal_has_a_line_for_each_level(capsys):
     reporter = Reporter("a target", total=5)
     for verdict in ROWS:

@@ -24,7 +24,7 @@ from vlmqual_contract.target import Model, Options
 TARGETS = Path(__file__).with_name("targets")
 ZOO, HONEST = TARGETS / "zoo.py", TARGETS / "honest.py"
 FEATURES = "test_vision.py::test_image_features_are_within_budget"
-VISION = ["--level", "vision", "--no-library"]
+VISION = ["--family", "idefics3", "--level", "vision", "--no-library"]
 
 KNOWN = f"""
 [[failure]]
@@ -167,7 +167,7 @@ def test_the_header_tells_what_was_run(mixed):
 def test_an_honest_target_passes_and_lacking_capabilities_are_not_applicable(tmp_path: Path, capfd):
     code = conformance(
         *("--target", f"{HONEST}:Honest:without=pixel-mask+taps", "--level", "vision", "prefill", "masks"),
-        *("-k", "not text-long", "--results", tmp_path, "--no-library"),
+        *("--family", "idefics3", "-k", "not text-long", "--results", tmp_path, "--no-library"),
     )
     run = only_run(tmp_path)
     assert code == 0, capfd.readouterr().out
@@ -187,6 +187,22 @@ def test_another_family_is_not_applicable_and_no_failure(tmp_path: Path):
     assert code == 0
     assert {row.reason for row in run.verdicts} == {"the target does not open models of the family idefics3"}
     assert {row.outcome for row in run.verdicts} == {Outcome.NOT_APPLICABLE}
+
+
+def test_two_families_are_run_one_after_the_other_and_each_model_is_opened_once(tmp_path: Path, capfd):
+    opened = tmp_path / "opened"
+    code = conformance(
+        *("--target", f"{ZOO}:Openings:file={opened}", "--family", "idefics3", "--family", "mllama"),
+        *("--level", "vision", "prefill", "parallel", "--results", tmp_path / "results", "--no-library"),
+    )
+    output = capfd.readouterr().out
+    assert code == 0, output
+    assert opened.read_text().split() == ["idefics3", "idefics3-over-2", "mllama", "mllama-over-2"]
+    rows = only_run(tmp_path / "results").verdicts
+    order = list(dict.fromkeys((row.family, row.level) for row in rows))
+    levels = ("vision", "prefill", "parallel")
+    assert order == [(family, level) for family in ("idefics3", "mllama") for level in levels]
+    assert "  mllama prefill " in output, "where there are several families a level is shown with its family"
 
 
 def started(results: Path) -> subprocess.Popen[bytes]:
@@ -328,3 +344,18 @@ def test_a_model_that_cannot_be_opened_is_tried_twice_only():
         assert keeper.target() is before
     finally:
         keeper.stop()
+
+
+def test_ranks_hold_one_model_and_open_another_when_it_is_asked_for(tmp_path: Path):
+    opened = tmp_path / "opened"
+    keeper = TargetKeeper(f"{ZOO}:Openings:file={opened}")
+    first, second, options = Model("a", "idefics3"), Model("b", "mllama"), Options(tp=2)
+    try:
+        one = keeper.ranks(2, first, options)
+        assert keeper.ranks(2, first, options) is one, "a model that is open is not opened again"
+        other = keeper.ranks(2, second, options)
+        assert other is not one, "the ranks of one family must not answer for the other"
+        assert keeper.ranks(2, first, options) is not one, "the session of a closed model is not used again"
+    finally:
+        keeper.stop()
+    assert opened.read_text().split() == ["idefics3-over-2", "mllama-over-2", "idefics3-over-2"]

@@ -10,6 +10,7 @@ from vlmqual_contract import distance
 from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetRaised, Unsupported, UsageError
 from vlmqual_contract.records import Outcome
 
+FAMILIES = ("idefics3", "mllama")
 GOLD = np.array([[3.0, 4.0], [0.0, 5.0]])  # two vectors of length 5
 
 
@@ -110,6 +111,28 @@ def test_data_passes_the_vision_tower_before_the_text_model():
     assert sorted(shuffled, key=policy.data_order) == names[::-1]
 
 
+def test_the_kept_states_of_mllama_come_after_all_layers_and_before_the_connector():
+    names = [
+        "vision.embeddings",
+        "vision.layers.0",
+        "vision.layers.4",
+        "vision.layernorm_post",
+        "vision.global_layers.0",
+        "vision.global_layers.1",
+        "vision.intermediate_states",
+        "connector",
+        "features/cross_attention_states",
+        "text.embeddings",
+    ]
+    assert sorted(sorted(names), key=policy.data_order) == names
+    judge = Judge("float32")
+    for name in ("features/cross_attention_states", "connector", "vision.intermediate_states"):
+        judge.compare(name, GOLD * 2, GOLD, noise=0.1)
+    judge.compare("vision.global_layers.1", GOLD, GOLD, noise=0.1)
+    with pytest.raises(AssertionError, match=r"^vision\.intermediate_states is 5 times its budget"):
+        judge.verdict()
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "reason"),
     [
@@ -135,25 +158,32 @@ def test_a_reason_is_cut_to_what_a_reader_can_take():
     assert len(sentence("word " * 500)) <= 400
 
 
-def test_every_golden_has_noise_for_every_dtype_and_every_judged_tensor():
-    for golden in goldens.goldens("idefics3"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_golden_has_noise_for_every_dtype_and_every_judged_tensor(family):
+    assert len(goldens.goldens(family)) > 10
+    for golden in goldens.goldens(family):
         for dtype in policy.DTYPES:
             for tensor in ("prefill/logits", "decode/logits"):
                 assert golden.noise(tensor, dtype) > 0, f"{golden.name} has no noise of {tensor} in {dtype}"
             for prefix in ("taps/vision", "taps/prefill"):
                 for name in golden.components(prefix):
                     assert golden.noise(f"{prefix}/{name}", dtype) > 0
+            if golden.has_images:
+                for tensor in (golden.hidden, "chain/logits"):
+                    assert golden.noise(tensor, dtype) > 0, f"{golden.name} has no noise of {tensor} in {dtype}"
 
 
-def test_honest_arms_are_nearer_to_gold_in_wider_dtypes():
-    for golden in goldens.goldens("idefics3"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_honest_arms_are_nearer_to_gold_in_wider_dtypes(family):
+    for golden in goldens.goldens(family):
         noises = [golden.noise("prefill/logits", dtype) for dtype in ("float64", "float32", "float16", "bfloat16")]
         assert noises == sorted(noises), f"{golden.name}: noise does not grow from float64 to bfloat16: {noises}"
 
 
-def test_equal_tokens_in_float32_are_a_demand_on_every_step_of_every_golden():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_tokens_in_float32_are_a_demand_on_every_step_of_every_golden(family):
     """Gold's margin has to exceed what an honest float32 target may be off, or the demand would be empty or unfair."""
-    for golden in goldens.goldens("idefics3"):
+    for golden in goldens.goldens(family):
         ordered = np.sort(golden.logits[:-1], axis=-1)
         margin = (ordered[..., -1] - ordered[..., -2]).min()
         budget = (
@@ -164,8 +194,9 @@ def test_equal_tokens_in_float32_are_a_demand_on_every_step_of_every_golden():
         )
 
 
-def test_golden_tokens_are_the_likeliest_of_golden_logits():
-    for golden in goldens.goldens("idefics3"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_golden_tokens_are_the_likeliest_of_golden_logits(family):
+    for golden in goldens.goldens(family):
         assert np.array_equal(golden.logits[:-1].argmax(-1), golden.tokens), golden.name
 
 
@@ -178,11 +209,18 @@ def test_a_golden_knows_what_a_target_must_offer():
     }
     assert sorted(goldens.golden("idefics3", "masked-pixels").needs(injected=False)) == ["pixel-mask"]
     assert not goldens.golden("idefics3", "padding-frames").needs(injected=False), "whole frames hide nothing in part"
+    needs = {name: goldens.golden("mllama", name).needs() for name in ("text-only", "text-beside-image", "two-images")}
+    assert {name: sorted(value) for name, value in needs.items()} == {
+        "text-only": [],
+        "text-beside-image": ["batch", "padding", "vision"],
+        "two-images": ["vision"],
+    }
 
 
 def test_the_makers_of_goldens_are_in_the_manifest():
     assert goldens.makers("idefics3")["transformers"] == "4.46.3"
-    assert goldens.makers("mllama") == {}
+    assert goldens.makers("mllama")["transformers"] == "4.45.2"
+    assert goldens.makers("idefics") == {}
 
 
 def test_a_gold_of_zeros_is_met_by_zeros_only():

@@ -99,7 +99,7 @@ class Conductor:
         self._running = _Running()
         self._planned: list[str] = []
         self._stopped: tuple[str, int] | None = None
-        self._chosen = False
+        self._chosen = self._several = False
         self._exit = EXIT_INCOMPLETE
         self._broken: list[str] = []
 
@@ -147,7 +147,7 @@ class Conductor:
     def pytest_collection_modifyitems(
         self, session: pytest.Session, items: list[pytest.Item]
     ) -> Generator[None, None, None]:
-        """Check tests against requirements, then keep the cases of this subject, in the order of the levels."""
+        """Check tests against requirements, then keep the cases of this subject, by family and level."""
         if not session.testsfailed:  # else a test file cannot be imported; pytest says which
             self._choose(items)
         yield
@@ -165,13 +165,24 @@ class Conductor:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             self._leave(f"two cases are called {twice[0]}")
         kept = [item for item in items if self._mine(item.stash[CASE])]
-        kept.sort(key=lambda item: LEVELS.index(self._first(item.stash[CASE]).level))
+        kept.sort(key=lambda item: self._place(item.stash[CASE]))
         items[:] = kept
+        self._several = len({self._first(item.stash[CASE]).family for item in kept}) > 1
         for item in kept:
             item.stash[subjects.FAMILY] = self._first(item.stash[CASE]).family
 
     def _first(self, case: Case) -> Requirement:
         return self._requirements[case.ids[0]]
+
+    def _level_of(self, case: Case) -> str:
+        """The level as a reader sees it: with the family where there are several."""
+        first = self._first(case)
+        return f"{first.family} {first.level}" if self._several else first.level
+
+    def _place(self, case: Case) -> tuple[int, int]:
+        """Family by family, so that each family's checkpoint is opened once, then level by level."""
+        first = self._first(case)
+        return FAMILIES.index(first.family), LEVELS.index(first.level)
 
     def _mine(self, case: Case) -> bool:
         first = self._first(case)
@@ -275,7 +286,7 @@ class Conductor:
         """Around a case: remember what happens, then write its verdict."""
         case = item.stash[CASE]
         if self._reporter:
-            self._reporter.starting(self._first(case).level)
+            self._reporter.starting(self._level_of(case))
         self._running = _Running()
         result = yield
         if self._keeper is not None:

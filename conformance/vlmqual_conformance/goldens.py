@@ -1,7 +1,8 @@
 """Reading goldens: inputs, gold in float64, and the noise of honest implementations. The names stand in the maker's
 record, `meta`, and in the manifest.
 
-Legend of shapes: B rows, S positions, F real frames, L image tokens of a frame, D width, V vocabulary.
+Legend of shapes: B rows, S positions, N image slots of a row, T tiles of an image, F real frames of the batch, L image
+tokens of a frame or tile, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +19,18 @@ from vlmqual_contract import fixtures
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Array, Capability, FloatArray, IntArray
 
-PIXELS = ("pixel_values", "pixel_attention_mask")
-TEXT = ("input_ids", "attention_mask")
+#: The tensors that prefill needs beside image features, by family; a case without images may lack the last of Mllama.
+TEXT: Mapping[str, tuple[str, ...]] = {
+    "idefics3": ("input_ids", "attention_mask"),
+    "mllama": ("input_ids", "attention_mask", "cross_attention_mask"),
+}
+#: The tensors that the vision model reads, by family.
+PIXELS: Mapping[str, tuple[str, ...]] = {
+    "idefics3": ("pixel_values", "pixel_attention_mask"),
+    "mllama": ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+}
+#: What the image features are called, by family.
+FEATURES: Mapping[str, str] = {"idefics3": "image_hidden_states", "mllama": "cross_attention_states"}
 
 
 @dataclass(frozen=True)
@@ -76,20 +87,33 @@ class Golden:
 
     @property
     def text(self) -> dict[str, Array]:
-        """The tensors that prefill needs beside image features: input_ids and attention_mask, (B, S) int64."""
-        return {name: self.array(f"inputs/{name}") for name in TEXT}
+        """The tensors that prefill needs beside image features, int64.
+
+        input_ids and attention_mask, (B, S) each; Mllama's cases with images have cross_attention_mask (B, S, N, T).
+        """
+        return self._inputs(TEXT)
 
     @property
     def pixels(self) -> dict[str, Array]:
-        """pixel_values (B, N, 3, H, W) and pixel_attention_mask (B, N, H, W); empty without images."""
-        return {name: self.array(f"inputs/{name}") for name in PIXELS if f"inputs/{name}" in self.names}
+        """The tensors of the images; empty without images.
+
+        Idefics3: pixel_values (B, N, 3, H, W) and pixel_attention_mask (B, N, H, W). Mllama: pixel_values
+        (B, N, T, 3, H, W), aspect_ratio_ids (B, N) and aspect_ratio_mask (B, N, T).
+        """
+        return self._inputs(PIXELS)
+
+    def _inputs(self, table: Mapping[str, tuple[str, ...]]) -> dict[str, Array]:
+        return {name: self.array(f"inputs/{name}") for name in table[self.family] if f"inputs/{name}" in self.names}
+
+    @property
+    def hidden(self) -> str:
+        """Name of the image features among the arrays of the file."""
+        return f"features/{FEATURES[self.family]}"
 
     @property
     def features(self) -> dict[str, Array] | None:
-        """Gold image features (F, L, D) to be injected, None without images."""
-        if not self.has_images:
-            return None
-        return {"image_hidden_states": self.array("features/image_hidden_states")}
+        """Gold image features to be injected: (F, L, D), Mllama's (B, N * T * L, D); None without images."""
+        return {FEATURES[self.family]: self.array(self.hidden)} if self.has_images else None
 
     @property
     def mask(self) -> IntArray:
@@ -99,7 +123,7 @@ class Golden:
     @property
     def has_images(self) -> bool:
         """True when the case has image features."""
-        return "features/image_hidden_states" in self.names
+        return self.hidden in self.names
 
     @property
     def rows(self) -> int:
@@ -131,10 +155,10 @@ class Golden:
 
     def pixel_needs(self) -> frozenset[Capability]:
         """Capabilities that a target needs to be given the pixels: honouring a mask that hides part of a frame."""
-        if "pixel_attention_mask" not in self.pixels:
+        if "inputs/pixel_attention_mask" not in self.names:
             return frozenset()
-        frames = self.pixels["pixel_attention_mask"].any(axis=(2, 3))
-        partial = frames & ~self.pixels["pixel_attention_mask"].all(axis=(2, 3))
+        visible = self.array("inputs/pixel_attention_mask")
+        partial = visible.any(axis=(2, 3)) & ~visible.all(axis=(2, 3))
         return frozenset({Capability.PIXEL_MASK}) if partial.any() else frozenset()
 
 

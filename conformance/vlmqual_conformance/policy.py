@@ -70,6 +70,9 @@ def data_order(component: str) -> tuple[int, tuple[int, ...], str]:
     stages = (
         "vision.embeddings",
         "vision.layers.",
+        "vision.post_layernorm",
+        "vision.layernorm_post",
+        "vision.global_layers.",
         "vision.",
         "connector",
         "features/",

@@ -50,7 +50,7 @@ class Reporter:
         self._say(title)
 
     def starting(self, level: str) -> None:
-        """A case of this level begins."""
+        """A case of this level begins; where there are several families, the level with its family before it."""
         if self._bar is not None and self._task is not None:
             bad = f", {self._bad} not as required" if self._bad else ""
             self._bar.update(self._task, description=f"{level}{bad}")
@@ -76,7 +76,7 @@ class Reporter:
     def _flush(self) -> None:
         if self._rows and self._level:
             seconds = sum(row.seconds for row in self._rows)
-            self._say(f"  {self._level:<12}{counted(self._rows)} ({seconds:.1f} s)")
+            self._say(f"  {self._level:<12}{' ' * (len(self._level) > 11)}{counted(self._rows)} ({seconds:.1f} s)")
         self._rows = []
 
     def _say(self, line: str) -> None:
@@ -93,16 +93,24 @@ def counted(rows: Iterable[Verdict]) -> str:
 
 
 def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
-    """A table of levels and outcomes, then every case that is not as required."""
-    lines = ["  " + f"{'level':<12}" + "".join(f"{word:>9}" for _, word in _COLUMNS) + f"{'worst':>9}"]
-    for level in [*LEVELS, *sorted({row.level for row in verdicts} - set(LEVELS))]:
-        rows = [row for row in verdicts if row.level == level]
+    """A table of levels and outcomes, family by family, then every case that is not as required."""
+    levels = [*LEVELS, *sorted({row.level for row in verdicts} - set(LEVELS))]
+    families = sorted({row.family for row in verdicts})
+    several = len({*families} - {""}) > 1
+    groups: list[tuple[str, list[Verdict]]] = []
+    for family in families if several else [""]:
+        for level in levels:
+            chosen = [row for row in verdicts if row.level == level and (not several or row.family == family)]
+            groups.append((f"{family} {level}".strip(), chosen))
+    wide = 21 if several else 12
+    lines = ["  " + f"{'level':<{wide}}" + "".join(f"{word:>9}" for _, word in _COLUMNS) + f"{'worst':>9}"]
+    for name, rows in groups:
         if not rows:
             continue
         counts = Counter(row.outcome for row in rows)
         cells = "".join(f"{counts[outcome] or '-':>9}" for outcome, _ in _COLUMNS)
         ratios = [row.worst for row in rows if row.worst is not None]
-        lines.append(f"  {level:<12}{cells}{f'{max(ratios):.2f}' if ratios else '':>9}")
+        lines.append(f"  {name:<{wide}}{cells}{f'{max(ratios):.2f}' if ratios else '':>9}")
     bad = [row for row in verdicts if row.outcome in (Outcome.FAIL, Outcome.ERROR)]
     for row in bad[:_SHOWN]:
         case = f"{row.outcome.upper():<6}{row.case}"

@@ -1,7 +1,8 @@
 """The fixtures of the suite: the target or library under test, alive again after every crash.
 
-A target case takes `session` (the tiny checkpoint, opened once and kept), `target`, `info`, `judge`; a library case
-takes `library`. None of them is ever in this process: see `vlmqual_contract.remote`.
+A target case takes `session` (the tiny checkpoint of its family, opened once and kept), `ranks` (the same over several
+ranks), `target`, `info`, `judge`; a library case takes `library`. None of them is ever in this process: see
+`vlmqual_contract.remote`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ROWS = 2
 THREADS = 1
 #: After so many hung cases in a row no further case of a target is tried; each would take its whole time limit.
 PATIENCE = 5
-TINY = {"idefics3": "idefics3-tiny"}
+#: Ranks of the level parallel.
+RANKS = 2
+TINY = {"idefics3": "idefics3-tiny", "mllama": "mllama-tiny"}
 
 
 class TargetKeeper:
@@ -50,7 +53,8 @@ class TargetKeeper:
         self._session: RemoteSession | None = None
         self._opened: tuple[Model, Options] | None = None
         self._refused: dict[tuple[Model, Options], tuple[int, TargetFailure | UsageError]] = {}
-        self._ranks: dict[int, tuple[RemoteTarget, RemoteSession]] = {}
+        self._ranks: dict[int, RemoteTarget] = {}
+        self._over_ranks: dict[int, tuple[tuple[Model, Options], RemoteSession]] = {}
         self.info: Info = self.target().info
 
     def target(self) -> RemoteTarget:
@@ -89,25 +93,31 @@ class TargetKeeper:
         return self._session
 
     def ranks(self, size: int, model: Model, options: Options) -> RemoteSession:
-        """A model opened over `size` ranks; started once and kept.
+        """A model opened over `size` ranks, which are started once; it stays open until another is asked for.
 
         Raises:
             TargetFailure, UsageError: the ranks do not come up; that is not tried a third time.
         """
         key = (model, options)
-        kept = self._ranks.get(size)
-        if kept is not None and kept[0].alive:
-            return kept[1]
+        target = self._ranks.get(size)
+        if target is None or not target.alive:
+            target = None
+            self._over_ranks.pop(size, None)
+        if size in self._over_ranks and self._over_ranks[size][0] == key:
+            return self._over_ranks[size][1]
         times, error = self._refused.get(key, (0, None))
         if error is not None and times >= 2:
             raise error
+        self._over_ranks.pop(size, None)  # opening another model closes the one before
         try:
-            target = RemoteTarget(self.text, tp=size, python=self._python, threads=THREADS, limits=self._limits)
-            self._ranks[size] = (target, target.open(model, options))
+            if target is None:
+                target = RemoteTarget(self.text, tp=size, python=self._python, threads=THREADS, limits=self._limits)
+                self._ranks[size] = target
+            self._over_ranks[size] = (key, target.open(model, options))
         except (TargetFailure, UsageError) as failure:
             self._refused[key] = (times + 1, failure)
             raise
-        return self._ranks[size][1]
+        return self._over_ranks[size][1]
 
     def ended(self, error: BaseException | None) -> None:
         """Take note of how a case ended."""
@@ -115,8 +125,7 @@ class TargetKeeper:
 
     def stop(self) -> None:
         """End every process."""
-        ranks = [target for target, _ in self._ranks.values()]
-        for target in [*ranks, *([self._target] if self._target else [])]:
+        for target in [*self._ranks.values(), *([self._target] if self._target else [])]:
             target.stop()
 
 
@@ -206,6 +215,12 @@ def info(keeper: TargetKeeper) -> Info:
 def session(request: pytest.FixtureRequest, keeper: TargetKeeper) -> RemoteSession:
     """The tiny checkpoint of the case's family, opened in the target."""
     return keeper.session(tiny(request.node.stash[FAMILY]), options_for(keeper.info))
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest, keeper: TargetKeeper) -> RemoteSession:
+    """The tiny checkpoint of the case's family, opened over `RANKS` ranks with one thread each."""
+    return keeper.ranks(RANKS, tiny(request.node.stash[FAMILY]), options_for(keeper.info, tp=RANKS))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from vlmqual_contract.errors import UsageError
-from vlmqual_contract.target import FAMILIES
+from vlmqual_contract.target import FAMILIES, MARKERS
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Scenario:
         family: `model_type`.
         checkpoint: name of a fixture checkpoint.
         images: names of fixture images, in the order of the markers.
-        prompt: text after the chat template, one `<image>` marker for each image.
+        prompt: text after the chat template, one marker of the family for each image.
         batch: how many rows of the same prompt.
         new_tokens: decode steps.
         suites: names of the suites that it belongs to.
@@ -62,8 +62,12 @@ def load_scenarios(path: Path) -> dict[str, Scenario]:
             raise UsageError(f"{path.name}: {name} has family {scenario.family!r}; valid are {', '.join(FAMILIES)}")
         if scenario.batch < 1 or scenario.new_tokens < 1:
             raise UsageError(f"{path.name}: {name} needs batch and new_tokens of at least 1")
-        if scenario.prompt.count("<image>") != len(scenario.images):
-            raise UsageError(f"{path.name}: {name} has {len(scenario.images)} images for another number of markers")
+        marker = MARKERS[scenario.family]
+        if scenario.prompt.count(marker) != len(scenario.images):
+            raise UsageError(
+                f"{path.name}: {name} has {scenario.prompt.count(marker)} markers {marker} "
+                f"for {len(scenario.images)} images"
+            )
         if scenario.id in found:
             raise UsageError(f"{path.name}: {name} stands twice")
         found[scenario.id] = scenario

@@ -3,8 +3,8 @@
 Everything that crosses the boundary is a string, a number or a numpy array with a documented name. Types that numpy
 cannot name (bfloat16, float8) are widened without loss to float32; `Step.dtype` names the original.
 
-Legend of shapes: B rows of a batch, S token positions, N image slots of a row, F real frames of the batch,
-L image tokens of a frame, D width of the text model, V vocabulary.
+Legend of shapes: B rows of a batch, S token positions, N image slots of a row, T tiles of an image, F real frames of
+the batch, L image tokens of a frame or tile, D width of the text model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating[Any]]
 
 #: Documented tensor names to arrays: input_ids (B, S) int64, attention_mask (B, S) int64,
-#: pixel_values (B, N, 3, H, W) float32, pixel_attention_mask (B, N, H, W) int64, position_ids (B, S) int64, ...
+#: pixel_values (B, N, 3, H, W) float32, pixel_attention_mask (B, N, H, W) int64, position_ids (B, S) int64.
+#: Mllama: pixel_values (B, N, T, 3, H, W) float32, aspect_ratio_ids (B, N), aspect_ratio_mask (B, N, T) and
+#: cross_attention_mask (B, S, N, T), all int64; the last belongs to the text and is an input of prefill.
 Inputs = Mapping[str, Array]
 
 FAMILIES = ("idefics", "idefics3", "mllama")
+#: What stands in a prompt where an image is to be inserted.
+MARKERS: Mapping[str, str] = {"idefics": "<image>", "idefics3": "<image>", "mllama": "<|image|>"}
 
 
 class Capability(StrEnum):
@@ -105,7 +109,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text after the chat template, with one `<image>` marker for each image file."""
+    """Text after the chat template, with the family's marker (see `MARKERS`) for each image file."""
 
     text: str
     images: tuple[str, ...] = ()
@@ -121,11 +125,15 @@ class Features(Protocol):
         ...
 
     def arrays(self) -> Mapping[str, FloatArray]:
-        """Copy out. Idefics3: image_hidden_states (F, L, D)."""
+        """Copy out. Idefics3: image_hidden_states (F, L, D). Mllama: cross_attention_states (B, N * T * L, D)."""
         ...
 
     def taps(self) -> Mapping[str, FloatArray]:
-        """Hidden states by component name (Capability.TAPS): vision.embeddings, vision.layers.0, ..., connector."""
+        """Hidden states by component name (Capability.TAPS): vision.embeddings, vision.layers.0, ..., connector.
+
+        Mllama, (B * N, T, L, width) each: vision.embeddings, vision.layers.I, vision.layernorm_post,
+        vision.global_layers.I, vision.intermediate_states (interleaved), and connector (B, N * T * L, D).
+        """
         ...
 
 
@@ -147,7 +155,11 @@ class Step(Protocol):
         ...
 
     def taps(self) -> Mapping[str, FloatArray]:
-        """Hidden states by component name, (B, S, D): text.embeddings, text.layers.0, ..., text.norm."""
+        """Hidden states by component name, (B, S, D): text.embeddings, text.layers.0, ..., text.norm.
+
+        A layer that is skipped has none. Mllama may add counters.cross_attention_kv: for each cross-attention layer how
+        often it computed keys and values of images since the prefill began.
+        """
         ...
 
 

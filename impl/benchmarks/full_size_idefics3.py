@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
 from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.models.idefics3 import Idefics3
-from vlmqual_impl.runtime.eager import EagerRuntime
+from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
 
 IMAGE_TOKEN = 128257
 TEXT_TOKENS = 24
@@ -118,7 +118,7 @@ def run_full(seed: int) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     tensors = sum(1 for _ in model.parameters())
     print(f"parameters {count:,} in {tensors} tensors, {len(storages)} storages, {nbytes / 2**30:.2f} GiB", flush=True)
-    runtime, inputs = EagerRuntime(model.eval()), example(config, seed)
+    runtime, inputs = Idefics3Runtime(model.eval()), example(config, seed)
     features = timed("vision", lambda: runtime.encode(inputs))
     length = inputs["input_ids"].shape[1]
     step = timed(f"prefill {length} tokens", lambda: runtime.prefill(inputs, features, max_length=length + 2))

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from vlmqual_adapters import goldens, reference
-from vlmqual_adapters.recipes import TINY
+from vlmqual_adapters.recipes_idefics3 import TINY
+from vlmqual_adapters.transformers_idefics3 import Idefics3Session
 from vlmqual_adapters.transformers_library import TransformersLibrary
-from vlmqual_adapters.transformers_session import TransformersSession
 from vlmqual_adapters.transformers_target import TransformersTarget
 from vlmqual_contract import distance, fixtures
 from vlmqual_contract.errors import Unsupported, UsageError
@@ -46,9 +46,9 @@ def target() -> TransformersTarget:
 
 
 @pytest.fixture(scope="module")
-def session(target: TransformersTarget) -> Iterator[TransformersSession]:
+def session(target: TransformersTarget) -> Iterator[Idefics3Session]:
     with target.open(MODEL, Options(taps=True)) as opened:
-        assert isinstance(opened, TransformersSession)
+        assert isinstance(opened, Idefics3Session)
         yield opened
 
 
@@ -89,7 +89,9 @@ def test_what_is_no_checkpoint_of_the_family_is_refused(target: TransformersTarg
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UsageError, match="model_type 'llama'; 'idefics3' was asked for"):
         target.open(Model(str(tmp_path), "idefics3"), Options())
-    with pytest.raises(UsageError, match="family 'mllama'"):
+    with pytest.raises(UsageError, match="family 'idefics2'"):
+        target.open(Model(str(CHECKPOINT), "idefics2"), Options())
+    with pytest.raises(UsageError, match="model_type 'idefics3'; 'mllama' was asked for"):
         target.open(Model(str(CHECKPOINT), "mllama"), Options())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics3"}))
     with pytest.raises(UsageError, match="has no weights"):
@@ -114,7 +116,7 @@ def test_a_damaged_weights_file_is_refused(target: TransformersTarget, tmp_path:
         target.open(Model(str(tmp_path), "idefics3"), Options())
 
 
-def test_phases_give_what_the_library_gives_in_one_call(session: TransformersSession) -> None:
+def test_phases_give_what_the_library_gives_in_one_call(session: Idefics3Session) -> None:
     inputs = session.preprocess([_prompt("edge-5000x40.png"), _prompt("chelsea.png")])
     assert inputs["pixel_values"].shape == (2, 13, 3, 112, 112)
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
@@ -128,7 +130,7 @@ def test_phases_give_what_the_library_gives_in_one_call(session: TransformersSes
     assert np.abs(step.logits() - whole[:, -1].numpy()).max() < 1e-4
 
 
-def test_injected_features_are_used_and_nothing_else(session: TransformersSession) -> None:
+def test_injected_features_are_used_and_nothing_else(session: Idefics3Session) -> None:
     inputs = session.preprocess([_prompt("edge-112x112.png")])
     features = session.vision(inputs)
     own = session.prefill(inputs, features).logits()
@@ -138,14 +140,14 @@ def test_injected_features_are_used_and_nothing_else(session: TransformersSessio
     assert np.abs(session.prefill(inputs, other).logits() - own).max() > 0.1, "injected features changed nothing"
 
 
-def test_another_image_gives_other_logits(session: TransformersSession) -> None:
+def test_another_image_gives_other_logits(session: Idefics3Session) -> None:
     first, second = (
         session.prefill(session.preprocess([_prompt(n)])).logits() for n in ("edge-112x112.png", "china.png")
     )
     assert np.linalg.norm(first - second) > 0.2 * np.linalg.norm(first), "the model is blind to its image"
 
 
-def test_greedy_decoding_follows_the_librarys_own_generation(session: TransformersSession) -> None:
+def test_greedy_decoding_follows_the_librarys_own_generation(session: Idefics3Session) -> None:
     inputs = session.preprocess([_prompt("edge-5000x40.png"), _prompt("edge-40x5000.png")])
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     length = inputs["input_ids"].shape[1]
@@ -158,7 +160,7 @@ def test_greedy_decoding_follows_the_librarys_own_generation(session: Transforme
     assert np.stack(tokens, axis=1).tolist() == made[:, length:].tolist()
 
 
-def test_forced_tokens_are_fed_instead_of_greedy_ones(session: TransformersSession) -> None:
+def test_forced_tokens_are_fed_instead_of_greedy_ones(session: Idefics3Session) -> None:
     inputs = session.preprocess([_prompt("edge-5000x40.png")])
     greedy = session.prefill(inputs)
     forced = session.prefill(inputs)
@@ -175,14 +177,14 @@ def test_forced_tokens_are_fed_instead_of_greedy_ones(session: TransformersSessi
     )
 
 
-def test_a_step_is_decoded_once(session: TransformersSession) -> None:
+def test_a_step_is_decoded_once(session: Idefics3Session) -> None:
     step = session.prefill({"input_ids": np.array([[576, 72, 73]])})
     session.decode(step)
     with pytest.raises(UsageError, match="was decoded before"):
         session.decode(step)
 
 
-def test_phases_name_what_is_missing(session: TransformersSession) -> None:
+def test_phases_name_what_is_missing(session: Idefics3Session) -> None:
     with pytest.raises(UsageError, match="vision needs pixel_values"):
         session.vision({})
     with pytest.raises(UsageError, match="prefill needs input_ids"):
@@ -194,7 +196,7 @@ def test_phases_name_what_is_missing(session: TransformersSession) -> None:
         step.logits(all_positions=True)
 
 
-def test_taps_lie_between_embeddings_and_logits(session: TransformersSession) -> None:
+def test_taps_lie_between_embeddings_and_logits(session: Idefics3Session) -> None:
     inputs = session.preprocess([_prompt("edge-5000x40.png")])
     features = session.vision(inputs)
     assert list(features.taps()) == [

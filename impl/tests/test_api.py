@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlmqual_impl
+from vlmqual_impl.api.auto import AutoConfig, AutoModelForVision2Seq
 from vlmqual_impl.api.idefics3 import (
     Idefics3BaseModelOutputWithPast,
     Idefics3CausalLMOutputWithPast,
     Idefics3ForConditionalGeneration,
     Idefics3Model,
-    LabelError,
 )
-from vlmqual_impl.api.pretrained import AutoConfig, AutoModelForVision2Seq, PreTrainedModel
+from vlmqual_impl.api.outputs import LabelError
+from vlmqual_impl.api.pretrained import PreTrainedModel
 from vlmqual_impl.cache import KeyValueCache
 from vlmqual_impl.configs import ConfigError, Idefics3Config, Idefics3VisionConfig
 
@@ -361,9 +362,9 @@ def test_files_come_with_attention_device_and_dtype_keywords(tmp_path: Path) -> 
         Idefics3Model.from_pretrained(tmp_path, quantize=True)
     with pytest.raises(ValueError, match="dtype 'int8' is not known"):
         Idefics3Model.from_pretrained(tmp_path, torch_dtype="int8")
-    values = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mllama"}
+    values = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "idefics2"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="'mllama'"):
+    with pytest.raises(ConfigError, match="'idefics2'"):
         AutoModelForVision2Seq.from_pretrained(tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from vlmqual_contract import fixtures
 from vlmqual_contract.cli import main
-from vlmqual_impl.api.pretrained import AutoModelForVision2Seq, AutoProcessor
+from vlmqual_impl.api.auto import AutoModelForVision2Seq, AutoProcessor
 from vlmqual_impl.command import _Printer
 from vlmqual_impl.image_files import read_image
 

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.layers import rotary_frequencies
 from vlmqual_impl.models import idefics3
-from vlmqual_impl.runtime.eager import EagerRuntime
+from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
 
 IMAGE = 300
 PARTS: dict[str, Any] = {
@@ -113,7 +113,7 @@ def test_every_hidden_state_equals_transformers_in_float64(
             output_hidden_states=True,
             output_attentions=True,
         )
-    runtime = EagerRuntime(model)
+    runtime = Idefics3Runtime(model)
     step = runtime.prefill(inputs, max_length=24, taps=True)
     names = ["text.embeddings", "text.layers.0", "text.layers.1", "text.norm"]
     for name, state in zip(names, theirs.hidden_states, strict=True):
@@ -137,20 +137,20 @@ def assert_close(mine: Tensor, other: Tensor, name: str, limit: float = 1e-12) -
 
 def test_taps_name_every_component_and_cost_nothing_when_off() -> None:
     model, inputs = ours(), batch()
-    step = EagerRuntime(model).prefill(inputs, max_length=24, taps=True)
+    step = Idefics3Runtime(model).prefill(inputs, max_length=24, taps=True)
     vision = ["vision.embeddings", "vision.layers.0", "vision.layers.1", "vision.post_layernorm", "connector"]
     text = ["text.embeddings", "text.layers.0", "text.layers.1", "text.layers.2", "text.norm"]
     assert list(step.taps) == vision + text
     assert step.taps["vision.embeddings"].shape == (3, 16, 16), "three real frames of 16 patches"
     assert step.taps["connector"].shape == (3, 4, 32)
-    assert not EagerRuntime(model).prefill(inputs, max_length=24).taps
+    assert not Idefics3Runtime(model).prefill(inputs, max_length=24).taps
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_prefill_and_decode_of_a_padded_batch_equal_every_row_alone(implementation: str) -> None:
     model, inputs = ours(), batch()
     model.model.implementation = implementation
-    runtime = EagerRuntime(model)
+    runtime = Idefics3Runtime(model)
     forced = torch.tensor([[5, 6, 7], [300, 9, 10], [11, 12, 13]])  # an image token too: it is plain text here
     step = runtime.prefill(inputs, max_length=24)
     together = [step.logits]
@@ -175,7 +175,7 @@ def test_prefill_and_decode_of_a_padded_batch_equal_every_row_alone(implementati
 
 def test_step_by_step_equals_all_at_once() -> None:
     model = ours()
-    runtime = EagerRuntime(model)
+    runtime = Idefics3Runtime(model)
     ids = torch.randint(3, 299, (2, 12), generator=torch.Generator().manual_seed(1))
     full = runtime.prefill({"input_ids": ids}, max_length=12)
     step = runtime.prefill({"input_ids": ids[:, :1]}, max_length=12)
@@ -187,11 +187,11 @@ def test_step_by_step_equals_all_at_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes_stay_near_float64(dtype: torch.dtype) -> None:
     inputs = batch()
-    gold = EagerRuntime(ours()).prefill(inputs, max_length=24).logits
+    gold = Idefics3Runtime(ours()).prefill(inputs, max_length=24).logits
     for implementation in ("eager", "sdpa"):
         model = ours(dtype)
         model.model.implementation = implementation
-        logits = EagerRuntime(model).prefill(inputs, max_length=24).logits
+        logits = Idefics3Runtime(model).prefill(inputs, max_length=24).logits
         assert logits.dtype == dtype
         rough = float((logits.double() - gold).square().mean().sqrt() / gold.square().mean().sqrt())
         assert rough < 64 * torch.finfo(dtype).eps, f"{implementation} in {dtype} is off by {rough:.1e}"
@@ -202,7 +202,7 @@ def test_a_row_of_padding_only_leaves_no_nan_in_the_others() -> None:
     inputs["attention_mask"][0, :19] = 0
     for implementation in ("eager", "sdpa"):
         model.model.implementation = implementation
-        step = EagerRuntime(model).prefill(inputs, max_length=24)
+        step = Idefics3Runtime(model).prefill(inputs, max_length=24)
         assert torch.isfinite(step.hidden).all(), implementation
 
 
@@ -256,7 +256,7 @@ def test_pixel_shuffle_joins_neighbouring_patches() -> None:
 
 def test_masked_patches_are_not_attended_to() -> None:
     model, inputs = ours(), batch()
-    runtime = EagerRuntime(model)
+    runtime = Idefics3Runtime(model)
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     runtime.encode(inputs, before)
@@ -278,7 +278,7 @@ def test_frames_of_zeros_are_dropped_in_order() -> None:
 
 def test_wrong_shapes_and_counts_are_named() -> None:
     model, inputs = ours(), batch()
-    runtime = EagerRuntime(model)
+    runtime = Idefics3Runtime(model)
     with pytest.raises(ValueError, match=r"pixel_values has 4 dimensions"):
         runtime.encode({"pixel_values": inputs["pixel_values"][0]})
     with pytest.raises(ValueError, match=r"pixel_attention_mask is \(3, 56, 56\)"):
@@ -297,7 +297,7 @@ def test_wrong_shapes_and_counts_are_named() -> None:
 
 
 def test_a_full_cache_and_a_step_decoded_twice_are_refused() -> None:
-    runtime = EagerRuntime(ours())
+    runtime = Idefics3Runtime(ours())
     with pytest.raises(ValueError, match="4 positions, 0 are taken and 5 more"):
         runtime.prefill({"input_ids": torch.full((1, 5), 9)}, max_length=4)
     step = runtime.prefill({"input_ids": torch.full((1, 3), 9)}, max_length=4)

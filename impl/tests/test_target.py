@@ -68,7 +68,7 @@ def test_the_target_is_found_by_name_and_says_what_it_is() -> None:
     assert (info.name, info.dtype, info.device, info.processes) == ("eager", "bfloat16", "cpu", "per-rank")
     assert info.library == "vlmqual_impl"
     assert info.capabilities == frozenset(Capability)
-    assert info.families == ("idefics3",)
+    assert info.families == ("idefics3", "mllama")
     assert info.software["torch"]
 
 
@@ -141,7 +141,8 @@ def test_ranks_that_do_not_divide_the_heads_stop_before_weights_are_read(checkpo
 
 def test_what_cannot_be_opened_is_a_usage_error(checkpoint: Path, tmp_path: Path) -> None:
     wrong = [
-        (Model(str(checkpoint), "mllama"), Options(), "family 'mllama'"),
+        (Model(str(checkpoint), "idefics2"), Options(), "family 'idefics2'"),
+        (Model(str(checkpoint), "mllama"), Options(), "is a checkpoint of 'idefics3', not 'mllama'"),
         (Model(str(tmp_path / "none"), "idefics3"), Options(), "no such checkpoint directory"),
         (Model(str(tmp_path), "idefics3"), Options(), "no config.json"),
         (Model(str(checkpoint), "idefics3"), Options(max_length=0), "max_length is 0"),

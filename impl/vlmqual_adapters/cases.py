@@ -17,6 +17,7 @@ from vlmqual_contract.target import Array
 
 STEPS = 16
 Tensors = dict[str, Array]
+ImageReader = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Maker:
     """
 
     processor: Any
-    load_image: Callable[[str], Any]
+    load_image: ImageReader
     images: Path
     memory: dict[str, Tensors] = field(default_factory=dict)
 

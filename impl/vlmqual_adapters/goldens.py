@@ -1,11 +1,12 @@
 """The maker of goldens, run in an environment with the documented version of transformers.
 
 `python -m vlmqual_adapters.goldens --family idefics3 --output fixtures` makes `goldens/idefics3/*.npz` and, with the
-pixel and prompt goldens, brings the manifest up to date; `--check` makes everything again and compares.
+pixel and prompt goldens, brings the manifest up to date; `--check` makes everything again and compares. The same for
+mllama, each family in an environment with its own documented version.
 
 Names in a golden file (arrays; gold is float64 to 32 significant bits, positions of padding are 0):
 
-- `inputs/NAME`, `features/image_hidden_states` (F, L, D)
+- `inputs/NAME`, `features/image_hidden_states` (F, L, D) or `features/cross_attention_states` (B, N * T * L, D)
 - `prefill/logits` (B, V), `prefill/all_logits` (B, S, V), `decode/tokens` (steps, B), `decode/logits` (steps, B, V)
 - `taps/vision/COMPONENT`, `taps/prefill/COMPONENT`
 - `noise/DTYPE/TENSOR`: worst error over the arms; `chain/logits` is `prefill/logits` of arms with their own features
@@ -21,24 +22,58 @@ import json
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmqual_adapters import inventory, pixels, prompts
-from vlmqual_adapters.cases import CASES, STEPS, Case, Maker, Tensors
+from vlmqual_adapters import cases as cases_idefics3
+from vlmqual_adapters import (
+    cases_mllama,
+    inventory,
+    pixels,
+    prompts,
+    prompts_mllama,
+    recipes_idefics3,
+    recipes_mllama,
+)
+from vlmqual_adapters.cases import STEPS, Case, Tensors
+from vlmqual_adapters.drawing import SEED
 from vlmqual_adapters.ledger import DOCUMENTED, STAND_IN, Ledger
-from vlmqual_adapters.recipes import SEED, TINY
 from vlmqual_adapters.transformers_session import TransformersSession
 from vlmqual_adapters.transformers_target import DTYPES
 from vlmqual_contract.distance import error
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
 from vlmqual_contract.target import Array, FloatArray, IntArray
 
-FAMILIES = ("idefics3",)
+
+@dataclass(frozen=True)
+class Family:
+    """What the maker needs of a family.
+
+    Attributes:
+        checkpoint: the tiny one.
+        cases: of golden files.
+        maker: turns cases into tensors; takes processor, image reader and folder of images.
+        prompts: writes prompt goldens.
+        buckets: patch positions are bucketed in float32, which the guard has to have seen.
+    """
+
+    checkpoint: str
+    cases: tuple[Case, ...]
+    maker: Callable[[Any, Any, Path], cases_idefics3.Maker | cases_mllama.Maker]
+    prompts: Callable[[Path, Any, Ledger], None]
+    buckets: bool
+
+
+FAMILIES: Mapping[str, Family] = {
+    "idefics3": Family(recipes_idefics3.TINY, cases_idefics3.CASES, cases_idefics3.Maker, prompts.make, True),
+    "mllama": Family(recipes_mllama.TINY, cases_mllama.CASES, cases_mllama.Maker, prompts_mllama.make, False),
+}
 BITS = 32
 #: Half a unit in the last place, relative: storing a result in the dtype may cost that much. Gold itself has 32 bits.
 _ROUNDING = {"float64": 2.0**-33, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
@@ -56,16 +91,17 @@ def run(session: TransformersSession, inputs: Tensors, gold: Mapping[str, Array]
     features: Any = None
     if "pixel_values" in inputs:
         seen = session.vision(inputs)
-        made["features/image_hidden_states"] = seen.arrays()["image_hidden_states"]
-        made |= {f"taps/vision/{name}": value for name, value in seen.taps().items()}
+        name = session.features_name
+        made[f"features/{name}"] = seen.arrays()[name]
+        made |= {f"taps/vision/{part}": value for part, value in seen.taps().items()}
         features = seen
         if gold is not None:
             made["chain/logits"] = session.prefill(inputs, seen).logits()
-            features = {"image_hidden_states": gold["features/image_hidden_states"]}
+            features = {name: gold[f"features/{name}"]}
     step = session.prefill(inputs, features)
     made["prefill/logits"] = step.logits()
     made["prefill/all_logits"] = step.logits(all_positions=True)
-    made |= {f"taps/prefill/{name}": value for name, value in step.taps().items()}
+    made |= {f"taps/prefill/{name}": value for name, value in step.taps().items() if not name.startswith("counters.")}
     tokens: list[IntArray] = []
     logits: list[FloatArray] = []
     for index in range(STEPS):
@@ -88,11 +124,12 @@ def _by_position(name: str) -> bool:
     return name.startswith("taps/prefill/") or name == "prefill/all_logits"
 
 
-def make(case: Case, maker: Maker, reference: Any) -> dict[str, Array]:
+def make(case: Case, family: str, maker: cases_idefics3.Maker | cases_mllama.Maker, reference: Any) -> dict[str, Array]:
     """All arrays of one golden file.
 
     Args:
         case: what to make.
+        family: of the case.
         maker: turns it into tensors.
         reference: a `vlmqual_adapters.reference.Reference`.
     """
@@ -100,10 +137,12 @@ def make(case: Case, maker: Maker, reference: Any) -> dict[str, Array]:
 
     inputs = maker.tensors(case)
     mask = inputs["attention_mask"]
-    exact = {name: a.astype(np.float64) if a.dtype == np.float32 else a for name, a in inputs.items()}
+    # The library subtracts Mllama's mask from a float, which makes float32 of whole numbers.
+    wide = {name for name, a in inputs.items() if a.dtype == np.float32 or name == "cross_attention_mask"}
+    exact = {name: a.astype(np.float64) if name in wide else a for name, a in inputs.items()}
     with reference.gold() as (session, guard):
         gold = run(session, exact)
-    if guard.lesser == 0 and "pixel_values" in inputs:
+    if FAMILIES[family].buckets and guard.lesser == 0 and "pixel_values" in inputs:
         raise RuntimeError("the guard has seen no bucketing of patch positions; it does not look where it should")
     for name, value in gold.items():
         if value.dtype.kind == "f":
@@ -112,6 +151,8 @@ def make(case: Case, maker: Maker, reference: Any) -> dict[str, Array]:
             if _by_position(name):
                 value = np.where((mask != 0)[..., None], value, 0.0)
             gold[name] = _trimmed(value)
+    # Of Mllama the connector's tap is the features themselves.
+    gold = {name: value for name, value in gold.items() if family != "mllama" or name != "taps/vision/connector"}
     made: dict[str, Array] = {f"inputs/{name}": value for name, value in inputs.items()} | gold
     judged = sorted(name for name in gold if name != "decode/tokens")
     judged += ["chain/logits"] if "pixel_values" in inputs else []
@@ -133,8 +174,8 @@ def make(case: Case, maker: Maker, reference: Any) -> dict[str, Array]:
     meta = {
         "case": case.name,
         "title": case.title,
-        "family": "idefics3",
-        "checkpoint": TINY,
+        "family": family,
+        "checkpoint": FAMILIES[family].checkpoint,
         "rows": [{"text": text, "images": list(images)} for text, images in case.rows],
         "processor_options": case.processor_options(),
         "padding_side": case.side,
@@ -189,7 +230,7 @@ def differences(made: Mapping[str, Array], path: Path) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Make or check goldens; 0 when all is made or equal, 1 when something differs."""
     parser = argparse.ArgumentParser(prog="python -m vlmqual_adapters.goldens", description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=FAMILIES, default="idefics3")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="idefics3")
     parser.add_argument("--output", type=Path, default=Path("fixtures"), help="the fixtures directory")
     parser.add_argument("--case", action="append", help="only this case; may be given more than once")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with what is stored")
@@ -210,18 +251,19 @@ def _main(chosen: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    installed = transformers.__version__
-    if installed != DOCUMENTED and not (chosen.pixels_only and installed == STAND_IN):
+    installed, documented = transformers.__version__, DOCUMENTED[chosen.family]
+    if installed != documented and not (chosen.pixels_only and installed == STAND_IN):
         raise UsageError(
-            f"transformers {installed} is installed; goldens come from {DOCUMENTED}, "
+            f"transformers {installed} is installed; goldens of {chosen.family} come from {documented}, "
             f"and with --pixels-only also from {STAND_IN}"
         )
     torch.set_num_threads(1)
     folder: Path = chosen.output / "goldens" / chosen.family
     wrong = 0
     if not chosen.case:
-        for name, maker in (("pixels", pixels.make), ("prompts", prompts.make)):
-            ledger = Ledger(folder / f"{name}.json", installed, check=chosen.check)
+        makers = (("pixels", partial(pixels.make, chosen.family)), ("prompts", FAMILIES[chosen.family].prompts))
+        for name, maker in makers:
+            ledger = Ledger(folder / f"{name}.json", documented, installed, check=chosen.check)
             maker(chosen.output, transformers, ledger)
             found = ledger.finish()
             wrong += len(found)
@@ -239,19 +281,21 @@ def _cases(chosen: argparse.Namespace, folder: Path) -> int:
 
     from vlmqual_adapters.reference import Reference
 
-    wanted = [case for case in CASES if not chosen.case or case.name in chosen.case]
-    if unknown := sorted({*(chosen.case or ())} - {case.name for case in CASES}):
-        raise UsageError(f"case {unknown[0]!r} is unknown; cases are {', '.join(case.name for case in CASES)}")
-    checkpoint = chosen.output / "checkpoints" / TINY
+    family = FAMILIES[chosen.family]
+    names = [case.name for case in family.cases]
+    wanted = [case for case in family.cases if not chosen.case or case.name in chosen.case]
+    if unknown := sorted({*(chosen.case or ())} - {*names}):
+        raise UsageError(f"case {unknown[0]!r} is unknown; cases are {', '.join(names)}")
+    checkpoint = chosen.output / "checkpoints" / family.checkpoint
     load: Any = transformers.AutoProcessor.from_pretrained
     processor = load(str(checkpoint), local_files_only=True)
-    maker = Maker(processor, load_image, chosen.output / "images")
+    maker = family.maker(processor, load_image, chosen.output / "images")
     reference = Reference(checkpoint, chosen.family)
     folder.mkdir(parents=True, exist_ok=True)
     wrong = 0
     for index, case in enumerate(wanted, 1):
         start = time.monotonic()
-        made = make(case, maker, reference)
+        made = make(case, chosen.family, maker, reference)
         path = folder / f"{case.name}.npz"
         if chosen.check:
             found = list(differences(made, path))

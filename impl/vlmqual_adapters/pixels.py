@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmqual_adapters.ledger import DOCUMENTED, Entry, Ledger
-from vlmqual_adapters.recipes import RELEASED_GEOMETRY, TINY
+from vlmqual_adapters import recipes_idefics3, recipes_mllama
+from vlmqual_adapters.ledger import Entry, Ledger
 from vlmqual_contract.target import Array
 
 SAMPLES = 8
-_MISREAD = f"{DOCUMENTED} takes an array whose first side is 1 or 3 for one with channels first"
-_MODE = f"{DOCUMENTED} converts to RGB after resizing and splitting and refuses or misreads other modes"
+_MISREAD = "{} takes an array whose first side is 1 or 3 for one with channels first"
+_MODE = "{} converts to RGB after resizing and splitting and refuses or misreads other modes"
 
 
 def described(array: Array) -> Entry:
@@ -35,42 +35,82 @@ def described(array: Array) -> Entry:
     }
 
 
-def entry(processor: Any, tokens: int, image: Any) -> Entry:
-    """What the image processor makes of one image.
+def idefics3_entry(whole: Any, image: Any) -> Entry:
+    """What Idefics3's image processor makes of one image.
 
     Args:
-        processor: the library's image processor.
-        tokens: image tokens of a frame.
+        whole: the library's processor.
         image: a PIL image.
     """
-    made: Mapping[str, Any] = processor([[image]], return_row_col_info=True, return_tensors="np")
+    made: Mapping[str, Any] = whole.image_processor([[image]], return_row_col_info=True, return_tensors="np")
     pixels = np.asarray(made["pixel_values"], dtype=np.float32)
     return {
         "pixel_values": described(pixels),
         "pixel_attention_mask": described(np.asarray(made["pixel_attention_mask"], dtype=np.int64)),
         "rows": int(made["rows"][0][0]),
         "cols": int(made["cols"][0][0]),
-        "image_tokens": tokens * pixels.shape[1],
+        "image_tokens": whole.image_seq_len * pixels.shape[1],
     }
 
 
-def make(fixtures: Path, library: Any, ledger: Ledger) -> None:
+def mllama_entry(whole: Any, image: Any) -> Entry:
+    """What Mllama's image processor makes of one image; the arguments as for Idefics3."""
+    made: Mapping[str, Any] = whole.image_processor([[image]], return_tensors="np")
+    return {
+        "pixel_values": described(np.asarray(made["pixel_values"], dtype=np.float32)),
+        "aspect_ratio_ids": described(np.asarray(made["aspect_ratio_ids"], dtype=np.int64)),
+        "aspect_ratio_mask": described(np.asarray(made["aspect_ratio_mask"], dtype=np.int64)),
+        "num_tiles": int(made["num_tiles"][0][0]),
+    }
+
+
+def make(family: str, fixtures: Path, library: Any, ledger: Ledger) -> None:
     """Record the entries of every fixture image with the installed library."""
     load_image = __import__("transformers.image_utils", fromlist=["load_image"]).load_image
-    for checkpoint in (TINY, RELEASED_GEOMETRY):
+    recipe = recipes_mllama if family == "mllama" else recipes_idefics3
+    for checkpoint in (recipe.TINY, recipe.RELEASED_GEOMETRY):
         whole = library.AutoProcessor.from_pretrained(str(fixtures / "checkpoints" / checkpoint), local_files_only=True)
-        processor, tokens = whole.image_processor, whole.image_seq_len
         for path in sorted((fixtures / "images").glob("*.*")):
             if path.suffix == ".md":
                 continue
-            key = f"{path.name}|{checkpoint}"
             with Image.open(path) as image:
                 image.load()
-            rotated = image.getexif().get(0x0112, 1) != 1
             read = load_image(str(path))
-            misread = read.height in (1, 3)
-            if not (misread and library.__version__ == DOCUMENTED):
-                ledger.put(f"{key}|path", entry(processor, tokens, read), _MISREAD if misread else "")
-            plain = image.mode == "RGB"
-            if rotated or (not plain and library.__version__ != DOCUMENTED):
-                ledger.put(f"{key}|pil", entry(processor, tokens, image), "" if plain else f"{image.mode}: {_MODE}")
+            if family == "mllama":
+                _put_mllama(f"{path.name}|{checkpoint}", whole, read, image, ledger)
+            else:
+                _put_idefics3(f"{path.name}|{checkpoint}", whole, read, image, ledger)
+
+
+def _put_idefics3(key: str, whole: Any, read: Image.Image, image: Image.Image, ledger: Ledger) -> None:
+    documented = ledger.version == ledger.documented
+    misread = read.height in (1, 3)
+    if not (misread and documented):
+        why = _MISREAD.format(ledger.documented) if misread else ""
+        ledger.put(f"{key}|path", idefics3_entry(whole, read), why)
+    rotated = image.getexif().get(0x0112, 1) != 1
+    plain = image.mode == "RGB"
+    if rotated or (not plain and not documented):
+        why = "" if plain else f"{image.mode}: {_MODE.format(ledger.documented)}"
+        ledger.put(f"{key}|pil", idefics3_entry(whole, image), why)
+
+
+def _put_mllama(key: str, whole: Any, read: Image.Image, image: Image.Image, ledger: Ledger) -> None:
+    """Mllama converts to RGB before anything else, so other modes are no trouble; thin and very long images are."""
+    documented = ledger.version == ledger.documented
+    for way, picture in (("path", read), ("pil", image)):
+        if way == "pil" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1:
+            continue
+        reason = _trouble(picture, whole.image_processor.size["height"], ledger.documented)
+        if not (reason and documented):
+            ledger.put(f"{key}|{way}", mllama_entry(whole, picture), reason)
+
+
+def _trouble(picture: Image.Image, tile: int, documented: str) -> str:
+    """Why the documented version of Mllama does not make an entry of a picture, "" when it does."""
+    if picture.height in (1, 3):
+        return _MISREAD.format(documented)
+    longer, shorter = max(picture.size), min(picture.size)
+    if shorter * 4 * tile < longer:
+        return f"{documented} makes the shorter side 0 pixels long and refuses"
+    return ""

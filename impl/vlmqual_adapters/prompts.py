@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from vlmqual_adapters.cases import chat
-from vlmqual_adapters.ledger import DOCUMENTED, Ledger
-from vlmqual_adapters.recipes import RELEASED_GEOMETRY, TINY
+from vlmqual_adapters.ledger import Ledger
+from vlmqual_adapters.recipes_idefics3 import RELEASED_GEOMETRY, TINY
 
-_TEXT_ONLY = f"{DOCUMENTED} cannot process rows without images"
+_TEXT_ONLY = "{} cannot process rows without images"
 Rows = tuple[tuple[str, tuple[str, ...]], ...]
 Message = dict[str, Any]
 
@@ -72,32 +72,35 @@ BATCHES: dict[str, Batch] = {
 }
 
 
-def _image() -> Message:
+def image_item() -> Message:
+    """An item of a message that is an image."""
     return {"type": "image"}
 
 
-def _text(text: str) -> Message:
+def text_item(text: str) -> Message:
+    """An item of a message that is text."""
     return {"type": "text", "text": text}
 
 
-def _says(role: str, *items: Message) -> Message:
+def says(role: str, *items: Message) -> Message:
+    """A message."""
     return {"role": role, "content": list(items)}
 
 
 CHATS: dict[str, tuple[list[Message], bool]] = {
-    "image-first": ([_says("user", _image(), _text("What can we see in this image?"))], True),
-    "text-first": ([_says("user", _text("What is shown by "), _image(), _text("?"))], True),
-    "text-only": ([_says("user", _text("Hello."))], True),
-    "no-generation-prompt": ([_says("user", _image(), _text("Hello."))], False),
+    "image-first": ([says("user", image_item(), text_item("What can we see in this image?"))], True),
+    "text-first": ([says("user", text_item("What is shown by "), image_item(), text_item("?"))], True),
+    "text-only": ([says("user", text_item("Hello."))], True),
+    "no-generation-prompt": ([says("user", image_item(), text_item("Hello."))], False),
     "two-images": (
-        [_says("user", _image(), _text("In this image we see a city."), _image(), _text("And here?"))],
+        [says("user", image_item(), text_item("In this image we see a city."), image_item(), text_item("And here?"))],
         True,
     ),
     "turns": (
         [
-            _says("user", _image(), _text("What is this?")),
-            _says("assistant", _text("A cup of coffee.")),
-            _says("user", _text("And this? "), _image()),
+            says("user", image_item(), text_item("What is this?")),
+            says("assistant", text_item("A cup of coffee.")),
+            says("user", text_item("And this? "), image_item()),
         ],
         True,
     ),
@@ -113,7 +116,7 @@ def make(fixtures: Path, library: Any, ledger: Ledger) -> None:
     }
     for name, batch in BATCHES.items():
         bare = not all(images for _, images in batch.rows)
-        if bare and library.__version__ == DOCUMENTED:
+        if bare and ledger.version == ledger.documented:
             continue
         images = [[load_image(str(fixtures / "images" / image)) for image in names] for _, names in batch.rows]
         made = processors[batch.checkpoint](
@@ -130,7 +133,7 @@ def make(fixtures: Path, library: Any, ledger: Ledger) -> None:
             "input_ids": np.asarray(made["input_ids"]).tolist(),
             "attention_mask": np.asarray(made["attention_mask"]).tolist(),
         }
-        ledger.put(f"tokens|{name}", entry, _TEXT_ONLY if bare else "")
+        ledger.put(f"tokens|{name}", entry, _TEXT_ONLY.format(ledger.documented) if bare else "")
     for name, (messages, ask) in CHATS.items():
         text = processors[TINY].apply_chat_template(messages, add_generation_prompt=ask)
         ledger.put(f"chat|{name}", {"messages": messages, "add_generation_prompt": ask, "text": text})

@@ -1,7 +1,7 @@
 """The reference that goldens are made with: pinned transformers, in float64 throughout, and as honest arms.
 
 Gold: weights widened to float64, the library's float32 islands (norms, softmax, rotary tables) lifted to float64, and a
-guard that stops at the first result of lesser precision. Only the bucketing of patch positions stays in float32,
+guard that stops at the first result of lesser precision. Only Idefics3's bucketing of patch positions stays in float32,
 because its rounding decides which position a patch gets (IDEFICS3-VIS-002).
 
 Arms: the same reference as shipped, in one dtype, with its sums taken in another order. They show how far apart honest
@@ -183,7 +183,7 @@ class Reference:
             session = opened.__enter__()
             assert isinstance(session, TransformersSession)
             if lifted:
-                _lift_rotary(session.model)
+                _lift_rotary(session.text_model)
             self._sessions[key] = session
         return self._sessions[key]
 
@@ -192,7 +192,6 @@ class Reference:
         """A float64 session whose islands are lifted, under the guard."""
         session = self.session("float64", "eager", lifted=True)
         guard = Guard()
-        embeddings = session.model.model.vision_model.embeddings
 
         def enter(*_: Any) -> None:
             guard.bucketing = True
@@ -200,7 +199,10 @@ class Reference:
         def leave(*_: Any) -> None:
             guard.bucketing = False
 
-        hooks = (embeddings.register_forward_pre_hook(enter), embeddings.register_forward_hook(leave))
+        hooks = []
+        if self.family == "idefics3":
+            embeddings = session.model.model.vision_model.embeddings
+            hooks = [embeddings.register_forward_pre_hook(enter), embeddings.register_forward_hook(leave)]
         try:
             with Lift(), guard:
                 yield session, guard
@@ -224,8 +226,8 @@ class Reference:
             yield self.session(dtype, arm.attention)
 
 
-def _lift_rotary(model: Any) -> None:
-    rotary = model.model.text_model.rotary_emb
+def _lift_rotary(text_model: Any) -> None:
+    rotary = text_model.rotary_emb
     with Lift():
         frequencies, scale = rotary.rope_init_fn(rotary.config, None)
     if frequencies.dtype != torch.float64:

@@ -1,30 +1,37 @@
 """Sessions over a loaded transformers model: the phases of the contract, each by the library's own code.
 
-Where versions of the library differ, its own signatures decide which way is taken.
+What depends on the family is in `transformers_idefics3` and `transformers_mllama`. Where versions of the library
+differ, its own signatures decide which way is taken.
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Array, Features, FloatArray, Inputs, IntArray, Options, Prompt, Step
 
-_PIXELS = ("pixel_values", "pixel_attention_mask")
-
 
 @dataclass(frozen=True)
 class TransformersFeatures:
-    """Features that live on the device: `hidden` is a tensor (F, L, D)."""
+    """Features that live on the device.
 
+    Attributes:
+        name: documented name of the tensor.
+        hidden: the tensor.
+        hidden_taps: hidden states by component.
+    """
+
+    name: str
     hidden: Any
     hidden_taps: Mapping[str, Any] = field(default_factory=dict)
 
@@ -34,8 +41,8 @@ class TransformersFeatures:
         return _dtype_name(self.hidden)
 
     def arrays(self) -> Mapping[str, FloatArray]:
-        """Copy out image_hidden_states (F, L, D)."""
-        return {"image_hidden_states": _numpy(self.hidden)}
+        """Copy out the tensor under its documented name."""
+        return {self.name: _numpy(self.hidden)}
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Copy out hidden states by component; empty unless the session was opened with taps."""
@@ -49,10 +56,13 @@ class TransformersStep:
         cache: the library's cache.
         mask: attention mask (B, S) of everything in the cache.
         positions: position of the last real token of every row, (B,).
+        later: what the family's next call needs of the prompt's inputs.
         spent: True once it was decoded; the cache then belongs to the next step.
     """
 
-    def __init__(self, output: Any, every: Any, last: Any, cache: Any, mask: Any, positions: Any, taps: Any) -> None:
+    def __init__(
+        self, output: Any, every: Any, last: Any, cache: Any, mask: Any, positions: Any, taps: Any, later: Any
+    ) -> None:
         self._owner = output
         self._every = every
         self._last = last
@@ -60,6 +70,7 @@ class TransformersStep:
         self.cache = cache
         self.mask = mask
         self.positions = positions
+        self.later: Mapping[str, Any] = later
         self.spent = False
 
     @property
@@ -92,22 +103,55 @@ class TransformersStep:
         return {name: _numpy(value) for name, value in self._taps.items()}
 
 
-class TransformersSession:
+class TransformersSession(ABC):
     """The contract's Session over one loaded model.
 
     Attributes:
+        features_name: documented name of image features.
         model: the library's model.
     """
 
+    features_name: ClassVar[str]
+
     def __init__(self, torch: Any, library: Any, model: Any, path: Path, options: Options) -> None:
-        self._torch = torch
-        self._library = library
+        self.torch = torch
         self.model = model
+        self.options = options
+        self.forward_parameters = inspect.signature(model.forward).parameters
+        self._library = library
         self._path = path
-        self._options = options
         self._processor: Any = None
-        self._forward = inspect.signature(model.forward).parameters
-        self._cache_class = library.DynamicCache
+
+    # of the family ---------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def text_model(self) -> Any:
+        """The module whose `layers` and `norm` are the decoder's."""
+
+    @abstractmethod
+    def vision(self, inputs: Inputs) -> TransformersFeatures:
+        """Run the library's image path up to the connector's output.
+
+        Raises:
+            UsageError: the inputs have no pixel values.
+        """
+
+    @abstractmethod
+    def first_call(self, ids: Any, hidden: Any, inputs: Inputs) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """The family's arguments of a prompt's forward, and what later calls need."""
+
+    @abstractmethod
+    def next_call(self, later: Mapping[str, Any]) -> dict[str, Any]:
+        """The family's arguments of a decode step's forward."""
+
+    def new_cache(self) -> Any:
+        """An empty cache of the library."""
+        return self._library.DynamicCache()
+
+    def count_taps(self) -> dict[str, Any]:
+        """Counters that belong to the taps of the step that was just made."""
+        return {}
 
     # phases ----------------------------------------------------------------------------------------------------------
 
@@ -125,45 +169,6 @@ class TransformersSession:
         )
         return {str(name): np.asarray(value.numpy()) for name, value in made.items() if hasattr(value, "numpy")}
 
-    def vision(self, inputs: Inputs) -> TransformersFeatures:
-        """Run the library's image path up to the connector's output.
-
-        Raises:
-            UsageError: the inputs have no pixel values.
-        """
-        if "pixel_values" not in inputs:
-            raise UsageError(f"vision needs pixel_values; the inputs are {', '.join(inputs) or 'empty'}")
-        pixels = {name: self._tensor(inputs[name]) for name in _PIXELS if name in inputs}
-        base = self.model.model
-        points = _vision_points(base) if self._options.taps else {}
-        with self._torch.inference_mode(), _watched(points) as taps:
-            if hasattr(base, "get_image_features"):
-                with _watched({"connector": base.connector}) as out:
-                    base.get_image_features(**pixels)
-                hidden = out["connector"]
-            else:
-                hidden = self._until_connector(pixels)
-        return TransformersFeatures(hidden, taps)
-
-    def _until_connector(self, pixels: Mapping[str, Any]) -> Any:
-        """Let the model's own forward begin, and leave it when the connector has answered.
-
-        Versions without `get_image_features` have the whole image path inside `forward`.
-        """
-
-        def leave(module: Any, args: Any, output: Any) -> None:
-            raise _Reached(output)
-
-        base = self.model.model
-        handle = base.connector.register_forward_hook(leave)
-        try:
-            base(input_ids=self._tensor(np.zeros((1, 1), np.int64)), **pixels)
-        except _Reached as reached:
-            return reached.output
-        finally:
-            handle.remove()
-        raise RuntimeError("the model's forward ended without calling its connector")
-
     def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
         """Run the prompt through the text model with an empty cache; image features are merged by the library.
 
@@ -176,23 +181,25 @@ class TransformersSession:
             raise UsageError(f"prefill needs input_ids; the inputs are {', '.join(inputs) or 'empty'}")
         if features is None and "pixel_values" in inputs:
             features = self.vision(inputs)
-        torch = self._torch
-        ids = self._tensor(inputs["input_ids"])
-        mask = self._tensor(inputs["attention_mask"]) if "attention_mask" in inputs else torch.ones_like(ids)
+        torch = self.torch
+        ids = self.tensor(inputs["input_ids"])
+        mask = self.tensor(inputs["attention_mask"]) if "attention_mask" in inputs else torch.ones_like(ids)
         if "position_ids" in inputs:
-            positions = self._tensor(inputs["position_ids"])
+            positions = self.tensor(inputs["position_ids"])
         else:
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-        cache = self._cache_class()
+        cache = self.new_cache()
         call = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         with torch.inference_mode(), self._text_taps() as taps:
-            output = self.model(**self._with_features(ids, self._hidden(features)), **call)
+            own, later = self.first_call(ids, self._hidden(features), inputs)
+            output = self.model(**own, **call)
             # The last real position of a row, whichever side is padded.
             index = torch.arange(mask.shape[1], device=mask.device)
             last = (index * (mask != 0)).argmax(dim=-1)
             rows = torch.arange(mask.shape[0], device=mask.device)
             every, final, reached = output.logits, output.logits[rows, last], positions[rows, last]
-        return TransformersStep(self, every, final, output.past_key_values, mask, reached, taps)
+            taps |= self.count_taps() if self.options.taps else {}
+        return TransformersStep(self, every, final, output.past_key_values, mask, reached, taps, later)
 
     def decode(self, step: Step, tokens: IntArray | None = None) -> Step:
         """Feed one token for every row through the cache of `step`.
@@ -205,9 +212,9 @@ class TransformersSession:
         if step.spent:
             raise UsageError("this step was decoded before; its cache has gone on to the next step")
         step.spent = True
-        torch = self._torch
+        torch = self.torch
         with torch.inference_mode(), self._text_taps() as taps:
-            ids = step.greedy() if tokens is None else self._tensor(np.asarray(tokens, dtype=np.int64))
+            ids = step.greedy() if tokens is None else self.tensor(np.asarray(tokens, dtype=np.int64))
             mask = torch.cat([step.mask, torch.ones_like(step.mask[:, :1])], dim=-1)
             positions = step.positions + 1
             output = self.model(
@@ -216,28 +223,17 @@ class TransformersSession:
                 position_ids=positions[:, None],
                 past_key_values=step.cache,
                 use_cache=True,
+                **self.next_call(step.later),
             )
+            taps |= self.count_taps() if self.options.taps else {}
         cache, step.cache = output.past_key_values, None
-        return TransformersStep(self, None, output.logits[:, -1], cache, mask, positions, taps)
+        return TransformersStep(self, None, output.logits[:, -1], cache, mask, positions, taps, step.later)
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        synchronize(self._torch, self.model.device)
+        synchronize(self.torch, self.model.device)
 
     # what the phases share -------------------------------------------------------------------------------------------
-
-    def _with_features(self, ids: Any, hidden: Any) -> dict[str, Any]:
-        """The arguments that let the installed version merge `hidden` (F, L, D) into the embeddings of `ids`."""
-        if hidden is None:
-            return {"input_ids": ids}
-        if "image_hidden_states" in self._forward:
-            return {"input_ids": ids, "image_hidden_states": hidden}
-        if "mm_encoder_outputs" in self._forward:
-            output = import_module("transformers.modeling_outputs").BaseModelOutputWithPooling
-            return {"input_ids": ids, "mm_encoder_outputs": {"image": output(pooler_output=hidden.flatten(0, 1))}}
-        base = self.model.model
-        embedded = base.get_input_embeddings()(ids)
-        return {"inputs_embeds": base.inputs_merger(input_ids=ids, inputs_embeds=embedded, image_hidden_states=hidden)}
 
     def _hidden(self, features: Features | Mapping[str, Array] | None) -> Any:
         if features is None:
@@ -245,19 +241,30 @@ class TransformersSession:
         if isinstance(features, TransformersFeatures):
             return features.hidden
         arrays = features if isinstance(features, Mapping) else features.arrays()
-        if "image_hidden_states" not in arrays:
-            raise UsageError(f"features need image_hidden_states; there are {', '.join(arrays) or 'none'}")
-        return self._tensor(arrays["image_hidden_states"]).to(self.model.dtype)
+        if self.features_name not in arrays:
+            raise UsageError(f"features need {self.features_name}; there are {', '.join(arrays) or 'none'}")
+        return self.tensor(arrays[self.features_name]).to(self.model.dtype)
 
-    def _tensor(self, array: Array) -> Any:
-        return self._torch.from_numpy(np.array(array)).to(self.model.device)
+    def pixels(self, inputs: Inputs, names: Sequence[str]) -> dict[str, Any]:
+        """Those of the named tensors that the inputs have, on the device.
+
+        Raises:
+            UsageError: there are no pixel values.
+        """
+        if "pixel_values" not in inputs:
+            raise UsageError(f"vision needs pixel_values; the inputs are {', '.join(inputs) or 'empty'}")
+        return {name: self.tensor(inputs[name]) for name in names if name in inputs}
+
+    def tensor(self, array: Array) -> Any:
+        """An array on the device."""
+        return self.torch.from_numpy(np.array(array)).to(self.model.device)
 
     @contextmanager
     def _text_taps(self) -> Iterator[dict[str, Any]]:
-        if not self._options.taps:
+        if not self.options.taps:
             yield {}
             return
-        text = self.model.model.text_model
+        text = self.text_model
         points = {f"text.layers.{index}": layer for index, layer in enumerate(text.layers)} | {"text.norm": text.norm}
         taps: dict[str, Any] = {}
 
@@ -269,21 +276,15 @@ class TransformersSession:
 
         handle = text.register_forward_pre_hook(entering, with_kwargs=True)
         try:
-            with _watched(points) as outputs:
+            with watched(points) as outputs:
                 yield taps
                 taps.update(outputs)
         finally:
             handle.remove()
 
 
-class _Reached(Exception):  # not an error: the way out of a forward that has done enough
-    def __init__(self, output: Any) -> None:
-        super().__init__("the connector has answered")
-        self.output = output
-
-
 @contextmanager
-def _watched(points: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def watched(points: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Collect the output of each module, by name, while the context is open; of a tuple its first item."""
     outputs: dict[str, Any] = {}
 
@@ -299,16 +300,6 @@ def _watched(points: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _vision_points(base: Any) -> dict[str, Any]:
-    tower = base.vision_model
-    return {
-        "vision.embeddings": tower.embeddings,
-        **{f"vision.layers.{index}": layer for index, layer in enumerate(tower.encoder.layers)},
-        "vision.post_layernorm": tower.post_layernorm,
-        "connector": base.connector,
-    }
 
 
 def synchronize(torch: Any, device: Any) -> None:

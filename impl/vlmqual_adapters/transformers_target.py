@@ -1,24 +1,30 @@
 """The installed transformers as a target: its processors and models behind the contract, and nothing of ours between.
 
-Works with every version that has Idefics3 (4.46 and later, 5.x).
+Works with every version that has one of the families (Mllama: 4.45 and later, Idefics3: 4.46 and later, 5.x).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlmqual_adapters.transformers_idefics3 import Idefics3Session
+from vlmqual_adapters.transformers_mllama import MllamaSession
 from vlmqual_adapters.transformers_session import TransformersSession, synchronize
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.target import Capability, Info, Model, Options, Session
 
-FAMILIES = ("idefics3",)
+#: Families to the library's class and our session over it.
+FAMILIES: Mapping[str, tuple[str, type[TransformersSession]]] = {
+    "idefics3": ("Idefics3ForConditionalGeneration", Idefics3Session),
+    "mllama": ("MllamaForConditionalGeneration", MllamaSession),
+}
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa")
 _CAPABILITIES = frozenset(Capability) - {Capability.TENSOR_PARALLEL}
@@ -52,8 +58,11 @@ class TransformersTarget:
             self._library: Any = import_module("transformers")
         except ImportError as error:
             raise UsageError(f"transformers cannot be imported ({error}); install vlmqual[impl]") from error
-        if not hasattr(self._library, "Idefics3ForConditionalGeneration"):
-            raise UsageError(f"transformers {self._library.__version__} has no Idefics3; 4.46 or later is needed")
+        families = tuple(name for name, (kind, _) in FAMILIES.items() if hasattr(self._library, kind))
+        if not families:
+            raise UsageError(
+                f"transformers {self._library.__version__} has none of {', '.join(FAMILIES)}; 4.45 or later is needed"
+            )
         self._device = _device(self._torch, device)
         self._attention = attn
         self.info = Info(
@@ -63,7 +72,7 @@ class TransformersTarget:
             runtime=f"torch {attn} {self._torch.__version__}",
             dtype=dtype,
             capabilities=_CAPABILITIES,
-            families=FAMILIES,
+            families=families,
             library="transformers",
             software=_software("transformers", "torch", "tokenizers", "safetensors", "pillow", "numpy"),
         )
@@ -77,19 +86,20 @@ class TransformersTarget:
         """
         if options.tp != 1:
             raise Unsupported(f"tp {options.tp}: this target runs the model in one process on one device; 1 is valid")
-        path = _checkpoint(model)
-        loaded = self._load(path)
-        return _opened(TransformersSession(self._torch, self._library, loaded, path, options))
+        path = _checkpoint(model, self.info.families)
+        kind, session = FAMILIES[model.family]
+        loaded = self._load(path, kind)
+        return _opened(session(self._torch, self._library, loaded, path, options))
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, class_name: str) -> Any:
         first = int(self._library.__version__.split(".")[0])
         kind: dict[str, Any] = {"dtype" if first >= 5 else "torch_dtype": getattr(self._torch, self.info.dtype)}
-        if first >= 5 or self._attention == "eager":
+        if first >= 5 or self._attention == "eager" or class_name.startswith("Mllama"):
             kind["attn_implementation"] = self._attention
-        # Before 5, "sdpa" by name is refused because the vision tower has eager attention only; unasked, the library
-        # takes sdpa for the text model and eager for the tower.
+        # Before 5, "sdpa" by name is refused for Idefics3 because its vision tower has eager attention only; unasked,
+        # the library takes sdpa for the text model and eager for the tower.
         try:
-            loaded, report = self._library.Idefics3ForConditionalGeneration.from_pretrained(
+            loaded, report = getattr(self._library, class_name).from_pretrained(
                 str(path),
                 local_files_only=True,
                 output_loading_info=True,
@@ -139,10 +149,10 @@ def _opened(session: TransformersSession) -> Iterator[Session]:
     yield session
 
 
-def _checkpoint(model: Model) -> Path:
+def _checkpoint(model: Model, families: tuple[str, ...]) -> Path:
     """The checkpoint directory, looked at before anything is loaded."""
-    if model.family not in FAMILIES:
-        raise UsageError(f"family {model.family!r} cannot be opened by this target; valid are {', '.join(FAMILIES)}")
+    if model.family not in families:
+        raise UsageError(f"family {model.family!r} cannot be opened by this target; valid are {', '.join(families)}")
     path = Path(model.path)
     if not path.is_dir():
         raise UsageError(f"checkpoint {model.path} is no directory")

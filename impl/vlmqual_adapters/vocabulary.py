@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -100,6 +101,16 @@ def token_ids() -> dict[str, int]:
 
 def tokenizer_json() -> dict[str, Any]:
     """Content of `tokenizer.json`: byte-level BPE, and a post-processor that puts the beginning-of-text token first."""
+    return byte_level(token_ids(), BOS)
+
+
+def byte_level(special: Mapping[str, int], first: str | None) -> dict[str, Any]:
+    """Content of a `tokenizer.json` over the learnt merges.
+
+    Args:
+        special: special tokens to their ids, which follow the merges.
+        first: special token that a post-processor puts before every text, None for no such post-processor.
+    """
     signs = byte_signs()
     merges = learn()
     vocabulary = {sign: index for index, sign in enumerate(signs)}
@@ -107,29 +118,16 @@ def tokenizer_json() -> dict[str, Any]:
         vocabulary[left + right] = len(vocabulary)
     if len(vocabulary) != 256 + MERGES:
         raise ValueError("two merges make the same token; the ids would have gaps")
-    special = token_ids()
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    sequence_a = {"Sequence": {"id": "A", "type_id": 0}}
-    sequence_b = {"Sequence": {"id": "B", "type_id": 1}}
+    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": index, "content": token, **_flags()} for token, index in special.items()],
+        "added_tokens": [{"id": index, "content": token, **flags()} for token, index in special.items()],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, sequence_a],
-            "pair": [
-                {"SpecialToken": {"id": BOS, "type_id": 0}},
-                sequence_a,
-                {"SpecialToken": {"id": BOS, "type_id": 1}},
-                sequence_b,
-            ],
-            "special_tokens": {BOS: {"id": BOS, "ids": [special[BOS]], "tokens": [BOS]}},
-        },
-        "decoder": byte_level,
+        "pre_tokenizer": pieces,
+        "post_processor": pieces if first is None else _beginning(first, special[first]),
+        "decoder": pieces,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -145,10 +143,26 @@ def tokenizer_json() -> dict[str, Any]:
     }
 
 
+def _beginning(token: str, index: int) -> dict[str, Any]:
+    sequence_a = {"Sequence": {"id": "A", "type_id": 0}}
+    sequence_b = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}}, sequence_a],
+        "pair": [
+            {"SpecialToken": {"id": token, "type_id": 0}},
+            sequence_a,
+            {"SpecialToken": {"id": token, "type_id": 1}},
+            sequence_b,
+        ],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
+
+
 def tokenizer_config() -> dict[str, Any]:
     """Content of `tokenizer_config.json`: rows are padded on the left with a reserved token, as in the released one."""
     return {
-        "added_tokens_decoder": {str(index): {"content": token, **_flags()} for token, index in token_ids().items()},
+        "added_tokens_decoder": {str(index): {"content": token, **flags()} for token, index in token_ids().items()},
         "additional_special_tokens": [FAKE, IMAGE, END_OF_UTTERANCE],
         "bos_token": BOS,
         "clean_up_tokenization_spaces": False,
@@ -167,7 +181,7 @@ def special_tokens_map() -> dict[str, Any]:
     """Content of `special_tokens_map.json`."""
 
     def token(content: str) -> dict[str, Any]:
-        return {"content": content, **{key: value for key, value in _flags().items() if key != "special"}}
+        return {"content": content, **{key: value for key, value in flags().items() if key != "special"}}
 
     return {
         "additional_special_tokens": [token(FAKE), token(IMAGE), token(END_OF_UTTERANCE)],
@@ -201,5 +215,6 @@ def chat_template() -> str:
     )
 
 
-def _flags() -> dict[str, bool]:
+def flags() -> dict[str, bool]:
+    """How a special token is matched: as it stands, wherever it stands."""
     return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmqual_impl.api.auto import AutoConfig, AutoModelForVision2Seq, AutoProcessor
     from vlmqual_impl.api.idefics3 import (
         Idefics3BaseModelOutputWithPast,
         Idefics3CausalLMOutputWithPast,
@@ -13,19 +14,29 @@ if TYPE_CHECKING:
         Idefics3Model,
     )
     from vlmqual_impl.api.idefics3_processing import Idefics3ImageProcessor, Idefics3Processor
-    from vlmqual_impl.api.pretrained import (
-        AutoConfig,
-        AutoModelForVision2Seq,
-        AutoProcessor,
-        ModelOutput,
-        PreTrainedModel,
+    from vlmqual_impl.api.mllama import MllamaForConditionalGeneration
+    from vlmqual_impl.api.mllama_processing import MllamaImageProcessor, MllamaProcessor
+    from vlmqual_impl.api.mllama_text import MllamaForCausalLM, MllamaTextModel
+    from vlmqual_impl.api.mllama_vision import MllamaVisionModel
+    from vlmqual_impl.api.outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+    from vlmqual_impl.api.pretrained import PreTrainedModel
+    from vlmqual_impl.configs import (
+        Idefics3Config,
+        Idefics3VisionConfig,
+        LlamaConfig,
+        MllamaConfig,
+        MllamaTextConfig,
+        MllamaVisionConfig,
+        PretrainedConfig,
     )
-    from vlmqual_impl.configs import Idefics3Config, Idefics3VisionConfig, LlamaConfig, PretrainedConfig
 
 _HOMES = {
-    "AutoConfig": "vlmqual_impl.api.pretrained",
-    "AutoModelForVision2Seq": "vlmqual_impl.api.pretrained",
-    "AutoProcessor": "vlmqual_impl.api.pretrained",
+    "AutoConfig": "vlmqual_impl.api.auto",
+    "AutoModelForVision2Seq": "vlmqual_impl.api.auto",
+    "AutoProcessor": "vlmqual_impl.api.auto",
+    "BaseModelOutput": "vlmqual_impl.api.outputs",
+    "BaseModelOutputWithPast": "vlmqual_impl.api.outputs",
+    "CausalLMOutputWithPast": "vlmqual_impl.api.outputs",
     "Idefics3BaseModelOutputWithPast": "vlmqual_impl.api.idefics3",
     "Idefics3CausalLMOutputWithPast": "vlmqual_impl.api.idefics3",
     "Idefics3Config": "vlmqual_impl.configs",
@@ -35,7 +46,16 @@ _HOMES = {
     "Idefics3Processor": "vlmqual_impl.api.idefics3_processing",
     "Idefics3VisionConfig": "vlmqual_impl.configs",
     "LlamaConfig": "vlmqual_impl.configs",
-    "ModelOutput": "vlmqual_impl.api.pretrained",
+    "MllamaConfig": "vlmqual_impl.configs",
+    "MllamaForCausalLM": "vlmqual_impl.api.mllama_text",
+    "MllamaForConditionalGeneration": "vlmqual_impl.api.mllama",
+    "MllamaImageProcessor": "vlmqual_impl.api.mllama_processing",
+    "MllamaProcessor": "vlmqual_impl.api.mllama_processing",
+    "MllamaTextConfig": "vlmqual_impl.configs",
+    "MllamaTextModel": "vlmqual_impl.api.mllama_text",
+    "MllamaVisionConfig": "vlmqual_impl.configs",
+    "MllamaVisionModel": "vlmqual_impl.api.mllama_vision",
+    "ModelOutput": "vlmqual_impl.api.outputs",
     "PreTrainedModel": "vlmqual_impl.api.pretrained",
     "PretrainedConfig": "vlmqual_impl.configs",
 }
@@ -44,6 +64,9 @@ __all__ = [
     "AutoConfig",
     "AutoModelForVision2Seq",
     "AutoProcessor",
+    "BaseModelOutput",
+    "BaseModelOutputWithPast",
+    "CausalLMOutputWithPast",
     "Idefics3BaseModelOutputWithPast",
     "Idefics3CausalLMOutputWithPast",
     "Idefics3Config",
@@ -53,6 +76,15 @@ __all__ = [
     "Idefics3Processor",
     "Idefics3VisionConfig",
     "LlamaConfig",
+    "MllamaConfig",
+    "MllamaForCausalLM",
+    "MllamaForConditionalGeneration",
+    "MllamaImageProcessor",
+    "MllamaProcessor",
+    "MllamaTextConfig",
+    "MllamaTextModel",
+    "MllamaVisionConfig",
+    "MllamaVisionModel",
     "ModelOutput",
     "PreTrainedModel",
     "PretrainedConfig",

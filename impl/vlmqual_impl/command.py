@@ -27,7 +27,7 @@ class _Command:
         add("--checkpoint", required=True, metavar="DIR", help="checkpoint directory in Hugging Face layout, or hub id")
         add("--image", action="append", default=[], metavar="FILE", help="image file; may be given several times")
         add("--prompt", required=True, metavar="TEXT", help="what to ask")
-        add("--raw-prompt", action="store_true", help="take the prompt as it is, with its own <image> markers")
+        add("--raw-prompt", action="store_true", help="take the prompt as it is, with its own image markers")
         add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
         add("--dtype", default="float32", choices=DTYPES, help="compute dtype (default float32)")
         add("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
@@ -59,7 +59,7 @@ class _Command:
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
-    from vlmqual_impl.api.pretrained import AutoModelForVision2Seq, AutoProcessor
+    from vlmqual_impl.api.auto import AutoModelForVision2Seq, AutoProcessor
     from vlmqual_impl.generate import generate
     from vlmqual_impl.target import checked_device
 
@@ -134,7 +134,7 @@ class _Timed:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.dtype, self.device = runtime.dtype, runtime.device
+        self.dtype, self.device, self.merges = runtime.dtype, runtime.device, runtime.merges
         self.seconds: dict[str, float] = {}
         self.steps: list[float] = []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -236,10 +236,35 @@ class Pass:
     attentions: list[Tensor] | None = None
 
 
+class LlamaSizes(Protocol):
+    """What a decoder layer asks of a text configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def attention_bias(self) -> bool: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def attention_dropout(self) -> float: ...
+
+
 class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaSizes) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
@@ -275,7 +300,7 @@ class LlamaAttention(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaSizes) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)

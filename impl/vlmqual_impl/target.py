@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vlmqual_impl.configs import Idefics3Config
+    from vlmqual_impl.configs import PretrainedConfig
+    from vlmqual_impl.families import Family
     from vlmqual_impl.runtime.base import Sequences
     from vlmqual_impl.runtime.eager import EagerRuntime
 
+FAMILIES = ("idefics3", "mllama")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager")
 
@@ -74,7 +76,7 @@ class EagerTarget:
             runtime=f"torch eager {torch.__version__}",
             dtype=dtype,
             capabilities=frozenset(Capability),
-            families=("idefics3",),
+            families=FAMILIES,
             processes="per-rank",
             library="vlmqual_impl",
             software={key: _version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")}
@@ -92,30 +94,28 @@ class EagerTarget:
         import torch
 
         from vlmqual_impl import tp
-        from vlmqual_impl.models import idefics3
-        from vlmqual_impl.runtime.eager import EagerRuntime
-        from vlmqual_impl.weights import load, ties_head
+        from vlmqual_impl.weights import load
 
-        directory, values, config = self._checked(model, options)
+        directory, values, config, family = self._checked(model, options)
         if self._threads:
             torch.set_num_threads(self._threads)
         joined = False
         try:
             try:
                 rank = tp.environment(os.environ, options.tp) if options.tp > 1 else 0
-                config = config.replace(tie_word_embeddings=ties_head(values, directory))
+                config = family.prepared(config, values, directory)
                 with torch.device("meta"):
-                    network = idefics3.Idefics3(config)
+                    network = family.network(config)
                 device, cuts = self._device, {}
                 if options.tp > 1:
                     device = self._join(rank)
                     joined = True
-                    cuts = tp.shard(network, idefics3.PLAN, rank, options.tp)
-                load(network, directory, rename=idefics3.RENAME, cuts=cuts, dtype=self._dtype, device=device)
+                    cuts = tp.shard(network, family.plan, rank, options.tp)
+                load(network, directory, rename=family.rename, cuts=cuts, dtype=self._dtype, device=device)
             except (ValueError, OSError) as error:
                 raise UsageError(str(error)) from error
-            network.model.implementation = self._attention
-            yield EagerSession(EagerRuntime(network.eval()), directory, options)
+            runtime = family.runtime(network.eval(), self._attention)
+            yield EagerSession(runtime, family.features, directory, options)
         finally:
             _leave(joined)
 
@@ -127,27 +127,27 @@ class EagerTarget:
         """
         self._checked(model, options)
 
-    def _checked(self, model: Model, options: Options) -> tuple[Path, dict[str, Any], Idefics3Config]:
-        from vlmqual_impl import tp
+    def _checked(self, model: Model, options: Options) -> tuple[Path, dict[str, Any], PretrainedConfig, Family]:
+        from vlmqual_impl import families, tp
         from vlmqual_impl.checkpoints import locate
-        from vlmqual_impl.configs import Idefics3Config, config_for, read_config
-        from vlmqual_impl.models import idefics3
+        from vlmqual_impl.configs import config_for, read_config
 
         if model.family not in self.info.families:
-            raise UsageError(f"family {model.family!r} cannot be opened; known is {', '.join(self.info.families)}")
+            raise UsageError(f"family {model.family!r} cannot be opened; known are {', '.join(self.info.families)}")
         for name in ("tp", "max_length", "batch"):
             if getattr(options, name) < 1:
                 raise UsageError(f"option {name} is {getattr(options, name)}; it has to be positive")
         try:
+            family = families.family(model.family)
             directory = locate(model.path)
             values = read_config(directory)
             config = config_for(values)
-            if not isinstance(config, Idefics3Config):
+            if config.model_type != family.name:
                 raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not {model.family!r}")
-            tp.check(idefics3.divisible(config), options.tp)
+            tp.check(family.divisible(config), options.tp)
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from error
-        return directory, values, config
+        return directory, values, config, family
 
     def _join(self, rank: int) -> torch.device:
         """Meet the other ranks; the device of this one."""
@@ -218,8 +218,9 @@ class EagerTarget:
 class EagerSession:
     """An opened model."""
 
-    def __init__(self, runtime: EagerRuntime, directory: Path, options: Options) -> None:
+    def __init__(self, runtime: EagerRuntime, features: str, directory: Path, options: Options) -> None:
         self._runtime = runtime
+        self._features = features
         self._directory = directory
         self._options = options
         self._processor: Any = None
@@ -239,9 +240,9 @@ class EagerSession:
         from vlmqual_impl.image_files import read_image
 
         if self._processor is None:
-            from vlmqual_impl.api.idefics3_processing import Idefics3Processor
+            from vlmqual_impl.api.auto import AutoProcessor
 
-            self._processor = Idefics3Processor.from_pretrained(str(self._directory))
+            self._processor = AutoProcessor.from_pretrained(str(self._directory))
             self._processor.tokenizer.padding_side = "left"
         images = [[read_image(path) for path in prompt.images] for prompt in prompts]
         texts = [prompt.text for prompt in prompts]
@@ -254,7 +255,7 @@ class EagerSession:
             raise UsageError("vision needs pixel_values; the inputs are " + ", ".join(inputs))
         taps: dict[str, Tensor] | None = {} if self._options.taps else None
         features = self._runtime.encode(_tensors(inputs), taps)
-        return EagerFeatures(features, taps or {})
+        return EagerFeatures(self._features, features, taps or {})
 
     def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
         """Start new sequences; rows may be of unequal length."""
@@ -265,9 +266,9 @@ class EagerSession:
             given = features.tensor
         elif features is not None:
             arrays = features if isinstance(features, Mapping) else features.arrays()
-            if "image_hidden_states" not in arrays:
-                raise UsageError(f"features have {', '.join(arrays) or 'nothing'}; image_hidden_states is needed")
-            given = torch.as_tensor(np.ascontiguousarray(arrays["image_hidden_states"]))
+            if self._features not in arrays:
+                raise UsageError(f"features have {', '.join(arrays) or 'nothing'}; {self._features} is needed")
+            given = torch.as_tensor(np.ascontiguousarray(arrays[self._features]))
         sequences = self._runtime.prefill(
             _tensors(inputs), given, max_length=self._options.max_length, taps=self._options.taps
         )
@@ -282,7 +283,7 @@ class EagerSession:
         if tokens is None:
             chosen = step.greedy()
         else:
-            vocabulary = self._runtime.model.config.text_config.vocab_size
+            vocabulary = self._runtime.lm_head.out_features
             ids = np.asarray(tokens)
             if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
                 raise UsageError(f"forced tokens {ids.tolist()} leave the vocabulary 0 to {vocabulary - 1}")
@@ -297,7 +298,8 @@ class EagerSession:
 class EagerFeatures:
     """Image features on the device."""
 
-    def __init__(self, tensor: Tensor, taps: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, tensor: Tensor, taps: Mapping[str, Tensor]) -> None:
+        self._name = name
         self.tensor = tensor
         self._taps = taps
 
@@ -307,8 +309,8 @@ class EagerFeatures:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def arrays(self) -> Mapping[str, FloatArray]:
-        """image_hidden_states (F, L, D)."""
-        return {"image_hidden_states": widened(self.tensor)}
+        """Idefics3: image_hidden_states (F, L, D). Mllama: cross_attention_states (B, K, D)."""
+        return {self._name: widened(self.tensor)}
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states by component name."""

@@ -80,21 +80,37 @@ def shape_of(scenario: Scenario, inputs: Inputs, config: Mapping[str, object]) -
         config: the model's config.json.
 
     Returns:
-        images and tiles of a row, image_tokens and prompt_tokens of the longest row, padded_tokens over all rows,
-        new_tokens.
+        images and tiles of a row, padded_tiles (tiles that are computed besides), image_tokens that the text model reads
+        and prompt_tokens of the longest row, padded_tokens over all rows, new_tokens.
     """
     mask = inputs["attention_mask"]
-    ids = inputs["input_ids"]
-    pixels = inputs.get("pixel_values")
-    tiles = 0 if pixels is None else int(np.any(pixels != 0, axis=(2, 3, 4)).sum(axis=1).max())
+    tiles, slots, image_tokens = _image_sizes(inputs, config)
     return {
         "images": len(scenario.images),
         "tiles": tiles,
-        "image_tokens": int((ids == config.get("image_token_id", config.get("image_token_index"))).sum(axis=1).max()),
+        "padded_tiles": slots - tiles,
+        "image_tokens": image_tokens,
         "prompt_tokens": int(mask.sum(axis=1).max()),
         "padded_tokens": int((mask == 0).sum()),
         "new_tokens": scenario.new_tokens,
     }
+
+
+def _image_sizes(inputs: Inputs, config: Mapping[str, object]) -> tuple[int, int, int]:
+    """Real tiles or frames of a row, places for them, and image tokens that the text model reads; of the longest row."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return 0, 0, 0
+    if "aspect_ratio_ids" in inputs:  # Mllama: every place of every image is computed and read by cross-attention
+        real = inputs["aspect_ratio_mask"] * (inputs["aspect_ratio_ids"] > 0)[..., None]
+        slots = pixels.shape[1] * pixels.shape[2]
+        vision = config["vision_config"]
+        if not isinstance(vision, Mapping):
+            raise UsageError("config.json: vision_config is no JSON object")
+        return int(real.sum(axis=(1, 2)).max()), slots, slots * ((vision["image_size"] // vision["patch_size"]) ** 2 + 1)
+    tiles = int(np.any(pixels != 0, axis=(2, 3, 4)).sum(axis=1).max())
+    tokens = inputs["input_ids"] == config.get("image_token_id")
+    return tiles, tiles, int(tokens.sum(axis=1).max())  # Idefics3: frames of padding are dropped
 
 
 def config_of(model: Model) -> dict[str, object]:

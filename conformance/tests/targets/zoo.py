@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from honest import Honest, HonestSession, Seen  # the folder is no package
+
+from vlmqual_contract.errors import Unsupported
+from vlmqual_contract.target import Capability
 
 
 class MixedSession(HonestSession):
@@ -45,6 +51,29 @@ class SlowSession(HonestSession):
 
 class Slow(Honest):
     session = SlowSession
+
+
+class Openings(Honest):
+    """Opens both families, over any number of ranks, writes down which, and answers nothing."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(families="idefics3+mllama")
+        self.info = replace(self.info, capabilities=frozenset(Capability))
+        self._file = Path(file)
+
+    @contextmanager
+    def open(self, model: Any, options: Any) -> Iterator[Any]:
+        with self._file.open("a") as file:
+            file.write(model.family + (f"-over-{options.tp}" if options.tp > 1 else "") + "\n")
+        yield Silent()
+
+
+class Silent:
+    def synchronize(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unsupported(f"no {name} here")
 
 
 class Stillborn(Honest):

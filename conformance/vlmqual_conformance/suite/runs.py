@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vlmqual_conformance.goldens import Golden, goldens
+from vlmqual_conformance.goldens import FEATURES, Golden, goldens
 from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import EXACT, FACTOR, BadAnswer, Judge
-from vlmqual_conformance.subjects import TargetKeeper
+from vlmqual_conformance.subjects import TargetKeeper, tiny
 from vlmqual_contract.distance import length
 from vlmqual_contract.remote import RemoteFeatures, RemoteSession, RemoteStep
-from vlmqual_contract.target import Array, FloatArray, Info, IntArray
+from vlmqual_contract.target import Array, Capability, FloatArray, Info, IntArray
 
 Features = RemoteFeatures | Mapping[str, Array] | None
-FAMILY = "idefics3"
+#: Ids below this are plain text in the tokenizers of the tiny checkpoints, so that they can stand for each other.
+PLAIN = 256
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class Forced:
     tokens: IntArray
 
 
-def cases(wanted: Callable[[Golden], bool] = lambda golden: True) -> list[Any]:
-    """Golden cases as parameters of a test, named after the case."""
-    return [pytest.param(golden, id=golden.name) for golden in goldens(FAMILY) if wanted(golden)]
+def cases(family: str, wanted: Callable[[Golden], bool] = lambda golden: True) -> list[Any]:
+    """Golden cases of a family as parameters of a test, named after the case."""
+    return [pytest.param(golden, id=golden.name) for golden in goldens(family) if wanted(golden)]
+
+
+def settings(family: str) -> dict[str, Any]:
+    """The config.json of the family's tiny checkpoint."""
+    found: dict[str, Any] = json.loads((Path(tiny(family).path) / "config.json").read_text("utf-8"))
+    return found
 
 
 def forced(
@@ -54,7 +63,7 @@ def forced(
 
 def forced_run(keeper: TargetKeeper, session: RemoteSession, golden: Golden) -> Forced:
     """The run of a golden case under its own tokens, kept for all tests that look at it."""
-    key = ("forced", golden.name)
+    key = ("forced", golden.family, golden.name)
     if key not in keeper.memory:
         keeper.memory[key] = forced(session, golden.text, golden.features, golden.tokens)
     kept = keeper.memory[key]
@@ -79,22 +88,74 @@ def _tokens(step: RemoteStep) -> IntArray:
     return tokens
 
 
+def steps_of(info: Info, steps: int = 4) -> int:
+    """Forced steps after the prompt: none where the target cannot be forced."""
+    return steps if Capability.FORCED_TOKENS in info.capabilities else 0
+
+
 def alone(golden: Golden, row: int) -> dict[str, Array]:
-    """The text tensors of one row without its padding."""
+    """The text tensors of one row without its padding; Mllama's with the image slots that the row can see."""
     real = golden.mask[row] != 0
-    return {name: np.ascontiguousarray(array[row : row + 1, real]) for name, array in golden.text.items()}
+    text = {name: array[row : row + 1, real] for name, array in golden.text.items()}
+    if "cross_attention_mask" in text:
+        text["cross_attention_mask"] = text["cross_attention_mask"][:, :, seen_slots(golden, row)]
+    return {name: np.ascontiguousarray(array) for name, array in text.items()}
+
+
+def seen_slots(golden: Golden, row: int) -> IntArray:
+    """Image slots that some token of a row sees, by its cross_attention_mask.
+
+    A token whose mask is all 0 sees every slot, those of padding images included (MLLAMA-DECODER-009).
+    """
+    dense = golden.text["cross_attention_mask"][row] != 0  # (S, N, T)
+    seen = dense.any(axis=2)[golden.mask[row] != 0]
+    unmasked = ~seen.any(axis=1, keepdims=True)
+    found: IntArray = np.flatnonzero((seen | unmasked).any(axis=0))
+    return found
 
 
 def features_of(golden: Golden, row: int) -> dict[str, Array] | None:
-    """Gold features of one row's frames, None for a row without images."""
+    """Gold features of one row, None for a row without images: its frames, or Mllama's image slots of `alone`."""
     if golden.features is None:
         return None
+    if "cross_attention_mask" in golden.text:
+        slots = golden.text["cross_attention_mask"].shape[2]
+        hidden = golden.features[FEATURES[golden.family]][row : row + 1]
+        chosen = by_image(hidden, slots)[:, seen_slots(golden, row)]
+        return {FEATURES[golden.family]: np.ascontiguousarray(chosen.reshape(1, -1, hidden.shape[-1]))}
     frames = golden.array("inputs/pixel_values").reshape(golden.rows, -1, *golden.pixels["pixel_values"].shape[2:])
     counts = [int(sum(bool(frame.any()) for frame in row_frames)) for row_frames in frames]
     start = sum(counts[:row])
     if not counts[row]:
         return None
     return {name: array[start : start + counts[row]] for name, array in golden.features.items()}
+
+
+def by_image(hidden: FloatArray, slots: int) -> FloatArray:
+    """Row-batched features (B, N * T * L, D) as (B, N, T * L, D)."""
+    return hidden.reshape(len(hidden), slots, -1, hidden.shape[-1])
+
+
+def padded_text(golden: Golden, side: str, count: int) -> dict[str, Array]:
+    """The text tensors with more positions of padding; on the right cross_attention_mask goes on as its last row."""
+    made = {}
+    for name, array in golden.text.items():
+        width = [(0, 0)] * array.ndim
+        width[1] = (count, 0) if side == "left" else (0, count)
+        like_the_last = side == "right" and name == "cross_attention_mask"
+        made[name] = np.pad(array, width, mode="edge" if like_the_last else "constant")
+    return made
+
+
+def longer_text(golden: Golden, count: int) -> dict[str, Array]:
+    """The text tensors of the prompt and its first `count` greedy tokens; every token is real."""
+    text = dict(golden.text)
+    text["input_ids"] = np.concatenate([text["input_ids"], golden.tokens[:count].T], axis=1)
+    text["attention_mask"] = np.ones_like(text["input_ids"])
+    if "cross_attention_mask" in text:  # MLLAMA-DEC-004
+        dense = text["cross_attention_mask"]
+        text["cross_attention_mask"] = np.concatenate([dense, np.repeat(dense[:, -1:], count, axis=1)], axis=1)
+    return text
 
 
 def exact_only(info: Info) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import pytest
 
 from vlmqual_conformance.goldens import entries
 from vlmqual_conformance.marks import requirement
-from vlmqual_conformance.policy import BadAnswer
 from vlmqual_conformance.subjects import TINY, TargetKeeper, demand, options_for, tiny
-from vlmqual_conformance.suite.runs import FAMILY
+from vlmqual_conformance.suite import checks, runs
 from vlmqual_contract import fixtures
 from vlmqual_contract.remote import RemoteSession
-from vlmqual_contract.target import Array, Capability, Info, Inputs, Model, Prompt
+from vlmqual_contract.target import Info, Model, Prompt
 
+FAMILY = "idefics3"
 CHECKPOINT = TINY[FAMILY]
 PIXELS = "IDEFICS3-FILE-003"
 ROTATED = ("IDEFICS3-FILE-001", PIXELS)
@@ -49,22 +48,9 @@ def images() -> list[Any]:
 @pytest.mark.parametrize(("name", "entry"), images())
 def test_pixels_of_an_image_file_are_the_references(session: RemoteSession, name: str, entry: dict[str, Any]) -> None:
     made = session.preprocess([Prompt("<image>What is it?", (str(fixtures.image(name)),))])
-    for tensor, dtype in (("pixel_values", np.float32), ("pixel_attention_mask", np.int64)):
-        array, gold = tensor_of(made, tensor), entry[tensor]
-        assert list(array.shape) == gold["shape"], (
-            f"{tensor} of {name} has shape {list(array.shape)}, not {gold['shape']}"
-        )
-        assert array.dtype == dtype, f"{tensor} of {name} is {array.dtype}, not {np.dtype(dtype)}"
-        if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() == gold["sha256"]:
-            continue
-        values = array.reshape(-1)[gold["sample"]["index"]].astype(np.float64)
-        away = np.abs(values - np.array(gold["sample"]["value"], dtype=np.float64))
-        raise AssertionError(
-            f"{tensor} of {name} is not the reference's: {int((away > 0).sum())} of {away.size} sampled values differ, "
-            f"by up to {away.max():.3g}"
-        )
-    image = image_token_id()
-    count = int((tensor_of(made, "input_ids") == image).sum())
+    checks.same_pixels(made, name, entry, {"pixel_values": np.float32, "pixel_attention_mask": np.int64})
+    image = int(runs.settings(FAMILY)["image_token_id"])
+    count = int((checks.tensor_of(made, "input_ids") == image).sum())
     assert count == entry["image_tokens"], f"{name} takes {count} image tokens, not {entry['image_tokens']}"
 
 
@@ -91,34 +77,13 @@ def prompts() -> list[Any]:
 def test_ids_of_prompts_with_images_are_the_references(
     keeper: TargetKeeper, info: Info, checkpoint_copies: Path, entry: dict[str, Any]
 ) -> None:
-    demand(info, {Capability.BATCH, Capability.PADDING} if len(entry["rows"]) > 1 else ())
+    demand(info, checks.batch_needs(entry))
     model = tiny(FAMILY)
     if entry["images_kwargs"]:
         model = with_image_options(checkpoint_copies / "whole", entry["images_kwargs"])
     session = keeper.session(model, options_for(info))
-    rows = [Prompt(row["text"], tuple(str(fixtures.image(name)) for name in row["images"])) for row in entry["rows"]]
-    made = session.preprocess(rows)
-    for tensor in ("attention_mask", "input_ids"):
-        array, gold = tensor_of(made, tensor), np.array(entry[tensor], dtype=np.int64)
-        assert array.shape == gold.shape, f"{tensor} has shape {array.shape}, not {gold.shape}"
-        assert array.dtype == np.int64, f"{tensor} is {array.dtype}, not int64"
-        if not np.array_equal(array, gold):
-            row, column = (int(axis[0]) for axis in np.nonzero(array != gold))
-            raise AssertionError(
-                f"{tensor} differs in {int((array != gold).sum())} places, first in row {row} at {column}: "
-                f"{array[row, column]}, not {gold[row, column]}"
-            )
-
-
-def tensor_of(made: Inputs, name: str) -> Array:
-    if name not in made:
-        raise BadAnswer(f"preprocess gave no {name}; it gave {', '.join(made) or 'nothing'}")
-    return made[name]
-
-
-def image_token_id() -> int:
-    config = json.loads((Path(tiny(FAMILY).path) / "config.json").read_text("utf-8"))
-    return int(config["image_token_id"])
+    made = session.preprocess(checks.prompts_of(entry))
+    checks.same_ids(made, entry, ("attention_mask", "input_ids"))
 
 
 def with_image_options(folder: Path, options: dict[str, Any]) -> Model:

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from vlmqual_conformance.goldens import Golden, golden
 from vlmqual_conformance.marks import requirement
-from vlmqual_conformance.policy import BadAnswer, Judge
-from vlmqual_conformance.subjects import demand, tiny
-from vlmqual_conformance.suite.runs import FAMILY, cases
-from vlmqual_contract.remote import RemoteFeatures, RemoteSession
-from vlmqual_contract.target import Array, Capability, Info
+from vlmqual_conformance.policy import Judge
+from vlmqual_conformance.suite import runs
+from vlmqual_conformance.suite.checks import features_within_budget, hidden, hidden_like_gold
+from vlmqual_contract.remote import RemoteSession
+from vlmqual_contract.target import Info
 
+FAMILY = "idefics3"
 HIDDEN = "features/image_hidden_states"
 PROBES = ("masked-pixels", "padding-frames")
 
 
-def features_within_budget(session: RemoteSession, info: Info, judge: Judge, case: Golden) -> None:
-    demand(info, case.pixel_needs() | ({Capability.BATCH} if case.rows > 1 else set()))
-    seen = session.vision(case.pixels)
-    compare_taps(judge, info, case, seen)
-    judge.compare(HIDDEN, hidden(seen), case.array(HIDDEN), case.noise(HIDDEN, info.dtype))
-    judge.verdict()
-
-
-def compare_taps(judge: Judge, info: Info, case: Golden, seen: RemoteFeatures) -> None:
-    stored = case.components("taps/vision")
-    if Capability.TAPS not in info.capabilities or not stored:
-        return
-    taps = seen.taps()
-    if not (shared := [name for name in stored if name in taps]):
-        raise BadAnswer(f"taps are declared, but none is called {', '.join(stored)}")
-    for name in shared:
-        tensor = f"taps/vision/{name}"
-        judge.compare(name, taps[name], case.array(tensor), case.noise(tensor, info.dtype))
-
-
-def hidden(seen: RemoteFeatures) -> Array:
-    arrays = seen.arrays()
-    if "image_hidden_states" not in arrays:
-        raise BadAnswer(f"features have {', '.join(arrays) or 'nothing'}, not image_hidden_states")
-    return arrays["image_hidden_states"]
-
-
 @requirement("IDEFICS3-VIS-001", "IDEFICS3-VIS-003", "IDEFICS3-VIS-005", "IDEFICS3-VIS-006", "IDEFICS3-VIS-007")
-@pytest.mark.parametrize("case", cases(lambda case: case.has_images and case.name not in PROBES))
+@pytest.mark.parametrize("case", runs.cases(FAMILY, lambda case: case.has_images and case.name not in PROBES))
 def test_image_features_are_within_budget(session: RemoteSession, info: Info, judge: Judge, case: Golden) -> None:
     features_within_budget(session, info, judge, case)
 
@@ -71,7 +42,7 @@ def test_frames_in_another_order_give_features_in_that_order(session: RemoteSess
     order = np.array([3, 0, 4, 2, 1])
     moved = {name: np.ascontiguousarray(array[:, order]) for name, array in case.pixels.items()}
     gold = case.array(HIDDEN)[order]
-    judge.compare(HIDDEN, hidden(session.vision(moved)), gold, case.noise(HIDDEN, info.dtype))
+    judge.compare(HIDDEN, hidden(case, session.vision(moved)), gold, case.noise(HIDDEN, info.dtype))
     judge.verdict()
 
 
@@ -82,11 +53,9 @@ def test_a_frame_alone_gives_the_features_that_it_gives_among_others(
 ) -> None:
     case = golden(FAMILY, "photo-small")
     single = {name: np.ascontiguousarray(array[:, frame : frame + 1]) for name, array in case.pixels.items()}
-    among = hidden(session.vision(case.pixels))
-    if among.shape != case.array(HIDDEN).shape:
-        raise BadAnswer(f"{HIDDEN} has shape {among.shape}, not {case.array(HIDDEN).shape}")
+    among = hidden_like_gold(case, session.vision(case.pixels))
     noise = case.noise(HIDDEN, info.dtype)
-    judge.same(HIDDEN, hidden(session.vision(single)), among[frame : frame + 1], (noise, noise))
+    judge.same(HIDDEN, hidden(case, session.vision(single)), among[frame : frame + 1], (noise, noise))
     judge.verdict()
 
 
@@ -107,10 +76,8 @@ def test_content_of_wholly_masked_patches_does_not_change_features_of_visible_on
     n = valid.shape[1] // factor
     clean = valid.reshape(frames, n, factor, n, factor).all(axis=(2, 4)).reshape(frames, n * n)
     assert clean.any(axis=1).all(), "the fixture leaves no image token that is made of visible patches alone"
-    seen = hidden(session.vision({**case.pixels, "pixel_values": other}))
+    seen = hidden_like_gold(case, session.vision({**case.pixels, "pixel_values": other}))
     gold = case.array(HIDDEN)
-    if seen.shape != gold.shape:
-        raise BadAnswer(f"{HIDDEN} has shape {seen.shape}, not {gold.shape}")
     judge.compare(HIDDEN, seen[clean], gold[clean], case.noise(HIDDEN, info.dtype))
     judge.verdict()
 
@@ -118,12 +85,12 @@ def test_content_of_wholly_masked_patches_does_not_change_features_of_visible_on
 @requirement("IDEFICS3-VIS-009")
 def test_without_a_pixel_mask_every_pixel_is_visible(session: RemoteSession, info: Info, judge: Judge) -> None:
     case = golden(FAMILY, "photo-whole")
-    seen = hidden(session.vision({"pixel_values": case.pixels["pixel_values"]}))
+    seen = hidden(case, session.vision({"pixel_values": case.pixels["pixel_values"]}))
     judge.compare(HIDDEN, seen, case.array(HIDDEN), case.noise(HIDDEN, info.dtype))
     judge.verdict()
 
 
 def geometry() -> tuple[int, int]:
     """Patch size and scale factor of the tiny checkpoint."""
-    config = json.loads((Path(tiny(FAMILY).path) / "config.json").read_text("utf-8"))
+    config = runs.settings(FAMILY)
     return int(config["vision_config"]["patch_size"]), int(config["scale_factor"])

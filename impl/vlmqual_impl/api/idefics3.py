@@ -11,22 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vlmqual_impl.api.pretrained import ModelOutput, PreTrainedModel, default_generation
+from vlmqual_impl.api.outputs import ModelOutput, next_token_loss
+from vlmqual_impl.api.pretrained import PreTrainedModel, default_generation
 from vlmqual_impl.cache import KeyValueCache
 from vlmqual_impl.configs import Idefics3Config, PretrainedConfig
 from vlmqual_impl.layers import at_least_float32
 from vlmqual_impl.models import idefics3
 from vlmqual_impl.models.idefics3 import Idefics3, Idefics3Trunk
 from vlmqual_impl.runtime.base import Runtime
-from vlmqual_impl.runtime.eager import EagerRuntime, check_ids
+from vlmqual_impl.runtime.eager import check_ids
+from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
 
 _SPARE_SLOTS = 64  # a cache that a plain forward call makes can take this many tokens before it has to grow
-
-
-class LabelError(IndexError, ValueError):
-    """A label that is neither -100 nor a token id."""
 
 
 @dataclass
@@ -239,6 +236,8 @@ class Idefics3ForConditionalGeneration(Idefics3, PreTrainedModel):
 
     config_class = Idefics3Config
     rename: ClassVar[tuple[tuple[str, str | None], ...]] = idefics3.RENAME
+    inputs = (*PreTrainedModel.inputs, "pixel_values", "pixel_attention_mask")
+    features = "image_hidden_states"
     config: Idefics3Config
     model: Idefics3Model
 
@@ -281,7 +280,7 @@ class Idefics3ForConditionalGeneration(Idefics3, PreTrainedModel):
 
     def runtime(self) -> Runtime:
         """This model, ready to run."""
-        return EagerRuntime(self)
+        return Idefics3Runtime(self)
 
     def forward(  # IDEFICS3-LM-001
         self,
@@ -349,28 +348,3 @@ class Idefics3ForConditionalGeneration(Idefics3, PreTrainedModel):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # IDEFICS3-LM-015
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean cross entropy of every position's logits against the next position's label.
-
-    Args:
-        logits: (B, S, V).
-        labels: (B, S) int64; -100 is ignored (IDEFICS3-LM-006).
-        attention_mask: (B, S or more); targets on padding are dropped, as the documented version does
-            (IDEFICS3-LM-009).
-
-    Raises:
-        ValueError: the shapes differ.
-        LabelError: a label is outside the vocabulary.
-    """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels is {tuple(labels.shape)}; it has to be {tuple(logits.shape[:2])} like the tokens")
-    targets = labels.to(logits.device)[:, 1:]
-    wrong = targets[(targets != -100) & ((targets < 0) | (targets >= logits.shape[-1]))]
-    if wrong.numel():
-        raise LabelError(f"labels holds {int(wrong[0])}; valid are 0 to {logits.shape[-1] - 1}, and -100 to ignore")
-    if attention_mask is not None and targets.shape[1]:
-        kept = attention_mask[:, -targets.shape[1] :].to(logits.device) != 0
-        targets = targets.masked_fill(~kept, -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)

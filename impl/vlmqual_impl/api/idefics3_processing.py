@@ -14,6 +14,7 @@ from PIL import Image
 from vlmqual_impl import images as rules
 from vlmqual_impl import processor_files as files
 from vlmqual_impl import processors as prompts
+from vlmqual_impl.api import processing as shared
 from vlmqual_impl.image_files import opened
 from vlmqual_impl.processors import Batch, check_framework, nested, stacked
 
@@ -32,23 +33,6 @@ _FLAGS = (
     "do_pad",
 )
 _IMAGE_CALL = (*_FLAGS, "return_row_col_info", "data_format", "input_data_format")
-_TEXT_CALL = (
-    "add_special_tokens",
-    "padding",
-    "padding_side",
-    "truncation",
-    "max_length",
-    "stride",
-    "pad_to_multiple_of",
-    "return_token_type_ids",
-    "return_attention_mask",
-    "return_overflowing_tokens",
-    "return_special_tokens_mask",
-    "return_offsets_mapping",
-    "return_length",
-    "verbose",
-    "is_split_into_words",
-)
 
 
 class Idefics3ImageProcessor:
@@ -334,11 +318,11 @@ class Idefics3Processor:
                 raise ValueError(f"{name} were passed; Idefics3 takes text and images only")
         allow_urls = bool(kwargs.pop("allow_urls", self.allow_urls))
         allow_private = bool(kwargs.pop("allow_private_urls", self.allow_private_urls))
-        image_options, text_options, framework = _sorted_options(kwargs)
+        image_options, text_options, framework = shared.sorted_options("Idefics3Processor", _IMAGE_CALL, kwargs)
         check_framework(framework)
         length = self.image_seq_len if image_seq_len is None else image_seq_len
         _check_length(length)
-        texts = None if text is None else _texts(text)
+        texts = None if text is None else shared.texts_of(text)
         batch: dict[str, Any] = {}
         counts: list[int] = []
         grids: list[list[tuple[int, int]]] = []
@@ -377,17 +361,7 @@ class Idefics3Processor:
         Raises:
             ValueError: there is no template, or it cannot be rendered.
         """
-        from jinja2 import TemplateError
-
-        template = chat_template if chat_template is not None else self.chat_template
-        if template is None:
-            raise ValueError("there is no chat template: neither the call, the processor nor the tokenizer has one")
-        if tokenize:
-            kwargs.setdefault("return_dict", False)
-        try:
-            return self.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, **kwargs)
-        except TemplateError as error:
-            raise ValueError(f"the chat template cannot be rendered: {error}") from error
+        return shared.rendered(self, conversation, chat_template, tokenize, kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Token ids to text; what an image was expanded to becomes `<image>` again, as in 4.46.3."""
@@ -462,35 +436,6 @@ def _input_format(samples: Sequence[Sequence[Any]], given: str | None) -> str:
     return rules.channel_format(array, given) if array.ndim == 3 else given or "channels_last"
 
 
-def _sorted_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Options of the image processor, of the tokenizer, and the framework."""
-    image_options = dict(kwargs.pop("images_kwargs", {}))
-    text_options = {"add_special_tokens": True, "padding": False, **kwargs.pop("text_kwargs", {})}
-    common = dict(kwargs.pop("common_kwargs", {}))
-    framework = kwargs.pop("return_tensors", common.pop("return_tensors", None))
-    framework = image_options.pop("return_tensors", text_options.pop("return_tensors", framework))
-    for key, value in {**common, **kwargs}.items():
-        if key in _IMAGE_CALL:
-            image_options[key] = value
-        elif key in _TEXT_CALL:
-            text_options[key] = value
-        else:
-            known = ", ".join((*_IMAGE_CALL, *_TEXT_CALL, "return_tensors"))
-            raise TypeError(f"Idefics3Processor does not know {key!r}; it knows {known}")
-    if text_options.pop("is_split_into_words", False):  # IDEFICS3-PROC-020
-        raise ValueError("is_split_into_words=True is not supported; a prompt is one string")
-    return image_options, text_options, framework
-
-
 def _check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"image_seq_len is {length!r}; it has to be a whole number of at least 1")
-
-
-def _texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
-        raise ValueError(
-            "text must be a string or a list of strings; prompts that are split into words are not supported"
-        )
-    return list(texts)

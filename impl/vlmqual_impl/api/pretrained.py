@@ -1,64 +1,22 @@
-"""What all documented model classes share: files, dtype and device, embeddings, generation, outputs."""
+"""What all documented model classes share: files, dtype and device, embeddings, generation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, ItemsView, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from vlmqual_impl import weights
 from vlmqual_impl.checkpoints import locate
-from vlmqual_impl.configs import PretrainedConfig, config_for, read_config, read_json
+from vlmqual_impl.configs import PretrainedConfig, read_config, read_json
 from vlmqual_impl.generate import GenerationConfig, Streamer, generate, with_defaults
 from vlmqual_impl.runtime.base import Runtime
 
 ATTENTION = ("eager", "sdpa")
-
-
-@dataclass
-class ModelOutput:
-    """Named results, also reached by position; results that are None have no position and no name in `keys()`."""
-
-    def _present(self) -> dict[str, Any]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The results that are there, in order."""
-        return tuple(self._present().values())
-
-    def keys(self) -> tuple[str, ...]:
-        """Names of the results that are there."""
-        return tuple(self._present())
-
-    def values(self) -> tuple[Any, ...]:
-        """The same as `to_tuple`."""
-        return self.to_tuple()
-
-    def items(self) -> ItemsView[str, Any]:
-        """Names and results."""
-        return self._present().items()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A result by name."""
-        return self._present().get(name, default)
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._present())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._present()
-
-    def __len__(self) -> int:
-        return len(self._present())
 
 
 class PreTrainedModel(nn.Module):
@@ -68,6 +26,9 @@ class PreTrainedModel(nn.Module):
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     rename: ClassVar[tuple[tuple[str, str | None], ...]] = ()
+    may_tie: ClassVar[bool] = True  # the head can be the embedding's matrix
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+    features: ClassVar[str] = ""  # documented name of image features, where there are any
 
     config: PretrainedConfig
     generation_config: GenerationConfig
@@ -180,7 +141,7 @@ class PreTrainedModel(nn.Module):
         if config is None:
             values = read_config(directory)
             config = cls.config_class.from_dict(values)
-            if weights.ties_head(values, directory) != config.tie_word_embeddings:
+            if cls.may_tie and weights.ties_head(values, directory) != config.tie_word_embeddings:
                 config = config.replace(tie_word_embeddings=not config.tie_word_embeddings)
         asked = torch_dtype if torch_dtype is not None else dtype
         if asked == "auto":
@@ -284,16 +245,15 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: an unknown or unoffered setting, or inputs that do not fit.
         """
-        named = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "pixel_values", "pixel_attention_mask")
-        given = {key: kwargs.pop(key) for key in named if key in kwargs}
+        given = {key: kwargs.pop(key) for key in self.inputs if key in kwargs}
         tensors = {key: value for key, value in given.items() if value is not None}
-        features = kwargs.pop("image_hidden_states", None)
+        features = kwargs.pop(self.features, None) if self.features else None
         if inputs is not None:
             tensors["input_ids"] = inputs
         if "input_ids" not in tensors and "inputs_embeds" not in tensors:
             raise ValueError("generate needs input_ids or inputs_embeds")
         if features is not None and "pixel_values" in tensors:
-            raise ValueError("pixel_values and image_hidden_states are both given; one of them is enough")
+            raise ValueError(f"pixel_values and {self.features} are both given; one of them is enough")
         settings = (generation_config or self.generation_config).changed(kwargs)
         if seed is not None:
             if generator is not None:
@@ -368,57 +328,3 @@ def _attention(model: PreTrainedModel, chosen: Mapping[str, Any]) -> None:
     name = chosen.get("attn_implementation", chosen.get("_attn_implementation"))
     if name is not None:
         model.set_attention(name)
-
-
-class AutoConfig:
-    """The configuration class of a checkpoint."""
-
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
-        """Read config.json; keyword arguments override its values.
-
-        Raises:
-            ConfigError: its `model_type` is unknown.
-        """
-        values = read_config(pretrained_model_name_or_path)
-        return config_for(values | kwargs)
-
-
-class AutoModelForVision2Seq:
-    """The generating model class of a checkpoint (IDEFICS3-LM-016, IDEFICS3-CARD-002)."""
-
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """Load a checkpoint with the class that its `model_type` names; arguments as there."""
-        from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
-
-        hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "local_files_only", "token")}
-        directory = locate(pretrained_model_name_or_path, **hub)
-        classes: dict[str, type[PreTrainedModel]] = {"idefics3": Idefics3ForConditionalGeneration}
-        kind = config_for(read_config(directory)).model_type
-        return classes[kind].from_pretrained(directory, **kwargs)
-
-
-class AutoProcessor:
-    """The processor class of a checkpoint (IDEFICS3-CARD-001)."""
-
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Load the processor of a checkpoint; arguments as there.
-
-        Raises:
-            ConfigError: neither config.json nor a processor file names a known family.
-        """
-        from vlmqual_impl.api.idefics3_processing import Idefics3Processor
-
-        directory = Path(pretrained_model_name_or_path)
-        if (directory / "config.json").is_file():
-            config_for(read_config(directory))
-        elif directory.is_dir():
-            names = [directory / name for name in ("processor_config.json", "preprocessor_config.json")]
-            kinds = {str(read_json(path).get("processor_class")) for path in names if path.is_file()}
-            if kinds and "Idefics3Processor" not in kinds:
-                raise ValueError(
-                    f"{directory}: processor_class is {', '.join(sorted(kinds))}; known is Idefics3Processor"
-                )
-        return cast(Any, Idefics3Processor).from_pretrained(pretrained_model_name_or_path, **kwargs)

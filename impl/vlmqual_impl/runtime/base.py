@@ -1,6 +1,6 @@
 """What generation and the target need of a way to execute a model.
 
-Legend of shapes: B rows, S token positions, K cache slots, F real frames, L image tokens of a frame, D width,
+Legend of shapes: B rows, S token positions, F real frames, L image tokens of a frame, K image tokens of a row, D width,
 V vocabulary.
 """
 
@@ -25,6 +25,7 @@ class Sequences:
         valid: (B, max_length) bool over cache slots, False for padding; None when there is no padding.
         cache: keys and values.
         taps: hidden states by component; empty when not asked for.
+        later: what tokens to come need of the prompt's inputs, by name; empty in families where that is nothing.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Sequences:
         valid: Tensor | None,
         cache: KeyValueCache,
         taps: Mapping[str, Tensor],
+        later: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.hidden = hidden
         self.logits = logits
@@ -43,6 +45,7 @@ class Sequences:
         self.valid = valid
         self.cache = cache
         self.taps = taps
+        self.later = later or {}
         self._continued = False
 
     def take(self) -> None:
@@ -69,12 +72,17 @@ class Runtime(Protocol):
         """Where tensors are wanted."""
         ...
 
+    @property
+    def merges(self) -> bool:
+        """True when image features become part of the embeddings; False when they stay beside them."""
+        ...
+
     def encode(self, inputs: Mapping[str, Tensor], taps: dict[str, Tensor] | None = None) -> Tensor:
-        """Image features (F, L, D) of `pixel_values` and, where given, `pixel_attention_mask`."""
+        """Image features of `pixel_values` and what belongs to them: Idefics3 (F, L, D), Mllama (B, K, D)."""
         ...
 
     def embed(self, inputs: Mapping[str, Tensor], features: Tensor | None) -> Tensor:
-        """Token embeddings (B, S, D) with image features in their places."""
+        """Token embeddings (B, S, D), with image features in their places where the family merges them."""
         ...
 
     def prefill(
@@ -85,7 +93,7 @@ class Runtime(Protocol):
         max_length: int,
         taps: bool = False,
     ) -> Sequences:
-        """Start sequences from `input_ids` (or `inputs_embeds`), `attention_mask` and `position_ids`."""
+        """Start sequences from `input_ids` or `inputs_embeds`, `attention_mask`, `position_ids`, ..."""
         ...
 
     def decode(self, sequences: Sequences, tokens: Tensor, *, taps: bool = False) -> Sequences:

@@ -1,60 +1,112 @@
-"""Idefics3 as torch executes it operation by operation."""
+"""Models as torch executes them operation by operation: what all families share of prefill and decode.
+
+The families' own parts are in `eager_idefics3` and `eager_mllama`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmqual_impl.models import idefics3
-from vlmqual_impl.models.idefics3 import Idefics3
+from vlmqual_impl.cache import KeyValueCache
 from vlmqual_impl.runtime.base import Sequences, default_positions, last_real
 
+Later = Mapping[str, Tensor]
 
-class EagerRuntime:
-    """Prefill, decode and vision over a loaded model, without gradients."""
 
-    def __init__(self, model: Idefics3) -> None:
-        self.model = model
+class EagerRuntime(ABC):
+    """Prefill, decode and vision over a loaded model, without gradients.
+
+    Attributes:
+        merges: see `Runtime.merges`.
+    """
+
+    merges: ClassVar[bool]
+
+    # ----------------------------------------------------------------------------------------------- of the family
+
+    @property
+    @abstractmethod
+    def table(self) -> nn.Embedding:
+        """The token embedding."""
+
+    @property
+    @abstractmethod
+    def lm_head(self) -> nn.Linear:
+        """The language model head."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Tensor], taps: dict[str, Tensor] | None = None) -> Tensor:
+        """Image features; see `Runtime.encode`."""
+
+    @abstractmethod
+    def place(self, x: Tensor, ids: Tensor | None, features: Tensor) -> Tensor:
+        """Put image features into embeddings (B, S, D), where the family does that."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, max_length: int) -> KeyValueCache:
+        """An empty cache."""
+
+    @abstractmethod
+    def start(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+        cache: KeyValueCache,
+        inputs: Mapping[str, Tensor],
+        features: Tensor | None,
+        taps: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, Later]:
+        """A prompt's embeddings to states after the final norm (B, S, D), and what later tokens need."""
+
+    @abstractmethod
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+        cache: KeyValueCache,
+        later: Later,
+        taps: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """One token (B, 1) for every row to states after the final norm (B, 1, D)."""
+
+    # ------------------------------------------------------------------------------------------------ of all families
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and activations."""
-        return self.model.lm_head.weight.dtype
+        return self.lm_head.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where tensors are wanted."""
-        return self.model.lm_head.weight.device
-
-    @torch.no_grad()
-    def encode(self, inputs: Mapping[str, Tensor], taps: dict[str, Tensor] | None = None) -> Tensor:
-        """Image features (F, L, D) of `pixel_values` and, where given, `pixel_attention_mask`."""
-        return idefics3.encode_images(
-            self.model.model, inputs["pixel_values"], inputs.get("pixel_attention_mask"), taps
-        )
+        return self.lm_head.weight.device
 
     @torch.no_grad()
     def embed(self, inputs: Mapping[str, Tensor], features: Tensor | None) -> Tensor:
-        """Token embeddings (B, S, D) with image features in their places.
+        """Token embeddings (B, S, D), with image features in their places where the family merges them.
 
         Raises:
-            ValueError: an id is outside the vocabulary, or image tokens and features do not match in number.
+            ValueError: an id is outside the embedding, or image tokens and features do not match in number.
         """
-        config = self.model.config
         ids = inputs.get("input_ids")
         if ids is not None:
             ids = ids.to(self.device)
-            check_ids(ids, config.text_config.vocab_size)
+            check_ids(ids, self.table.num_embeddings)
         embeddings = inputs.get("inputs_embeds")
-        table = self.model.model.text_model.embed_tokens
-        x: Tensor = table(ids) if embeddings is None else embeddings.to(device=self.device, dtype=self.dtype)
-        if features is None:
-            return x
-        marker = config.image_token_id
-        places = (x == table.weight[marker]).all(-1) if ids is None else ids == marker
-        return idefics3.merge(x, places, features)
+        if embeddings is not None:
+            x = embeddings.to(device=self.device, dtype=self.dtype)
+        elif ids is not None:
+            x = self.table(ids)
+        else:
+            raise ValueError("neither input_ids nor inputs_embeds is given; one of them is needed")
+        return self.place(x, ids, features) if features is not None and self.merges else x
 
     @torch.no_grad()
     def prefill(
@@ -70,8 +122,8 @@ class EagerRuntime:
         Args:
             inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, D); optionally `attention_mask` (B, S) and
                 `position_ids` (B, S), which default to all real and to every row's own count; `pixel_values` runs
-                through vision when no features are given.
-            features: image features (F, L, D).
+                through vision when no features are given; Mllama: `cross_attention_mask` (B, S, N, T).
+            features: image features, Idefics3 (F, L, D), Mllama (B, K, D).
             max_length: cache slots.
             taps: keep hidden states by component.
 
@@ -97,9 +149,9 @@ class EagerRuntime:
         if not bool((mask != 0).all()):
             valid = torch.ones((rows, max(max_length, tokens)), dtype=torch.bool, device=self.device)
             valid[:, :tokens] = mask != 0
-        cache = idefics3.new_cache(self.model.model, rows, max_length)
+        cache = self.new_cache(rows, max_length)
         seen = None if valid is None else valid[:, :tokens]
-        hidden = idefics3.prefill(self.model.model, x, positions, seen, cache, taps=kept)
+        hidden, later = self.start(x, positions, seen, cache, inputs, features, kept)
         each = torch.arange(rows, device=self.device)
         return Sequences(
             hidden=hidden,
@@ -108,6 +160,7 @@ class EagerRuntime:
             valid=valid,
             cache=cache,
             taps=kept or {},
+            later=later,
         )
 
     @torch.no_grad()
@@ -123,15 +176,8 @@ class EagerRuntime:
         sequences.take()
         sequences.cache.require(1)
         kept: dict[str, Tensor] | None = {} if taps else None
-        cache, valid = sequences.cache, sequences.valid
-        hidden = idefics3.decode(
-            self.model.model,
-            tokens.to(self.device)[:, None],
-            sequences.positions[:, None],
-            valid,
-            cache,
-            taps=kept,
-        )
+        cache, valid, later = sequences.cache, sequences.valid, sequences.later
+        hidden = self.step(tokens.to(self.device)[:, None], sequences.positions[:, None], valid, cache, later, kept)
         return Sequences(
             hidden=hidden,
             logits=self.head(hidden[:, -1]),
@@ -139,12 +185,13 @@ class EagerRuntime:
             valid=valid,
             cache=cache,
             taps=kept or {},
+            later=later,
         )
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        logits: Tensor = self.model.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
         return logits
 
     def synchronize(self) -> None:
@@ -153,14 +200,14 @@ class EagerRuntime:
             torch.cuda.synchronize(self.device)
 
 
-def check_ids(ids: Tensor, vocabulary: int) -> None:
+def check_ids(ids: Tensor, rows: int) -> None:
     """Refuse ids that the embedding table does not have.
 
     Raises:
-        ValueError: names the id and the vocabulary.
+        ValueError: names the id and the ids that there are.
     """
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"input_ids is {tuple(ids.shape)}; it has to be (batch, tokens) and not empty")
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"input_ids holds {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}")
+    if low < 0 or high >= rows:
+        raise ValueError(f"input_ids holds {low if low < 0 else high}; the vocabulary is 0 to {rows - 1}")
