@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from full_size import materialize, peak_gib, timed
 from torch import Tensor, nn
 
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
@@ -70,21 +69,6 @@ def configuration(text_layers: int = 32, vision_layers: int = 27) -> Idefics3Con
     return Idefics3Config(image_token_id=IMAGE_TOKEN, text_config=text, vision_config=vision, scale_factor=2)
 
 
-def materialize(model: nn.Module, dtype: torch.dtype, seed: int) -> int:
-    """Give every parameter of a model on the meta device its own storage; the bytes of all of them."""
-    generator = torch.Generator().manual_seed(seed)
-    total = 0
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.empty(parameter.shape, dtype=dtype)
-            value.normal_(0.0, 0.02, generator=generator)
-            if isinstance(module, nn.LayerNorm) or type(module).__name__ == "RMSNorm":
-                value += 1.0 if name == "weight" else 0.0
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
-            total += value.nbytes
-    return total
-
-
 def example(config: Idefics3Config, seed: int) -> dict[str, Tensor]:
     """One frame of noise among random text tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,20 +76,6 @@ def example(config: Idefics3Config, seed: int) -> dict[str, Tensor]:
     ids[0, 4 : 4 + config.tokens_per_frame] = IMAGE_TOKEN
     side = config.vision_config.image_size
     return {"input_ids": ids, "pixel_values": torch.randn((1, 1, 3, side, side), generator=generator)}
-
-
-def timed(name: str, work: Callable[[], Any]) -> Any:
-    """Run and print how long it took."""
-    start = time.perf_counter()
-    result = work()
-    print(f"{name:<22} {time.perf_counter() - start:9.2f} s   peak {peak_gib():6.2f} GiB", flush=True)
-    return result
-
-
-def peak_gib() -> float:
-    """Largest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def run_full(seed: int) -> int:

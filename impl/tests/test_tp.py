@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from rank_processes import assert_ranks_equal_one
 
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
 from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.models import idefics3
 from vlmqual_impl.tp import check, environment, shard
-
-# One process of four. The first two are the ranks of a group of two before all are the ranks of a group of four.
-RANK = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np, torch
-from ranks_example import run
-torch.set_num_threads(1)
-rank, ports = int(sys.argv[3]), sys.argv[4:]
-for ranks, port in zip((2, 4), ports):
-    if rank < ranks:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        logits = run(sys.argv[2], ranks)
-        if rank == ranks - 1:
-            np.save(os.path.join(sys.argv[1], f"logits-{ranks}.npy"), logits)
-"""
 
 # A batch padded on both sides, a text-only row, a partly masked frame; prefill and forced decode steps.
 EXAMPLE = """
@@ -88,14 +66,6 @@ def config(**text: int) -> Idefics3Config:
     return Idefics3Config(image_token_id=60, text_config=sizes, vision_config=vision)
 
 
-def free_ports(count: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [str(one.getsockname()[1]) for one in held]
-
-
 def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
     torch.manual_seed(4)
     model = Idefics3ForConditionalGeneration(config())
@@ -103,31 +73,7 @@ def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "ranks_example.py").write_text(EXAMPLE)
-    ports = free_ports(2)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path), str(tmp_path / "model"), str(rank), *ports],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(4)
-    ]
-    example: dict[str, Any] = {}
-    exec(EXAMPLE, example)
-    alone = example["run"](str(tmp_path / "model"), 1)
-    try:
-        for rank, process in enumerate(started):
-            _, errors = process.communicate(timeout=150)
-            assert process.returncode == 0, f"rank {rank} failed: {errors.decode()[-800:]}"
-    finally:
-        for process in started:
-            process.kill()
-    for ranks in (2, 4):
-        together = np.load(tmp_path / f"logits-{ranks}.npy")
-        error = np.abs(together - alone).max(-1) / np.abs(alone).max(-1)
-        for row in range(3):
-            assert error[:, row].max() < 1e-12, f"{ranks} ranks differ from one in row {row} by {error[:, row].max()}"
+    assert_ranks_equal_one(tmp_path, EXAMPLE)
 
 
 @pytest.mark.parametrize(

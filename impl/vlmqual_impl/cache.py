@@ -28,7 +28,7 @@ class CrossCache:
     a later call are placed behind those of the earlier ones.
 
     Attributes:
-        computed: layer number to how often keys and values were computed (MLLAMA-DEC-003).
+        computed: layer number to how often keys and values were computed (MLLAMA-DEC-005).
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ class KeyValueCache:
         return [LayerView(keys, values) for keys, values in self]
 
     def __len__(self) -> int:
-        return len(self._keys) + (len(self.cross.computed) if self.cross else 0)
+        return len(self._keys) + (0 if self.cross is None else len(self.cross.computed))
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         if self.cross is not None and layer in self.cross.computed:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlmqual_conformance.goldens import entries
 from vlmqual_conformance.marks import requirement
@@ -36,7 +37,7 @@ def images() -> list[Any]:
             ids = ("MLLAMA-FILE-001", *PIXELS)
         elif stem in OTHER_MODES:
             ids = ("MLLAMA-FILE-002", *PIXELS)
-        elif {"1", "3"} & set(stem.split("x")) or {"5000"} & set(stem.split("x")):
+        elif {"1", "3"} & set(stem.split("x")):
             ids = ("MLLAMA-FILE-004", *PIXELS)
         found.append(pytest.param(name, entry, id=name, marks=requirement(*ids)))
     return found
@@ -50,6 +51,28 @@ def test_tiles_of_an_image_file_are_the_references(session: RemoteSession, name:
     marker = int(runs.settings(FAMILY)["image_token_index"])
     count = int((checks.tensor_of(made, "input_ids") == marker).sum())
     assert count == 1, f"{name} takes {count} image tokens, not 1"
+
+
+@requirement("MLLAMA-FILE-011")
+@pytest.mark.parametrize(("size", "arrangement"), [((2000, 2), 4), ((2, 2000), 8)], ids=["2000x2", "2x2000"])
+def test_a_long_thin_image_keeps_one_pixel_of_its_short_side(
+    session: RemoteSession, tmp_path: Path, size: tuple[int, int], arrangement: int
+) -> None:
+    file = tmp_path / "white.png"
+    Image.new("RGB", size, "white").save(file)
+    made = session.preprocess([Prompt(f"{MARKERS[FAMILY]}What is it?", (str(file),))])
+    ids = checks.tensor_of(made, "aspect_ratio_ids")
+    assert ids.tolist() == [[arrangement]], f"{size[0]} x {size[1]} pixels have the arrangement {ids.tolist()}"
+    pixels = checks.tensor_of(made, "pixel_values")
+    side = int(runs.settings(FAMILY)["vision_config"]["image_size"])
+    wanted = np.full((1, 1, 4, 3, side, side), -1, np.float32)  # black, as padding is
+    if size[0] > size[1]:
+        wanted[..., 0, :] = 1
+    else:
+        wanted[..., 0] = 1
+    assert pixels.shape == wanted.shape, f"pixel_values has shape {pixels.shape}, not {wanted.shape}"
+    wrong = int((pixels != wanted).sum())
+    assert wrong == 0, f"{wrong} of {wanted.size} pixel values are not those of one white line on black"
 
 
 def prompts() -> list[Any]:

@@ -59,7 +59,7 @@ def visible_tokens(cross_attention_mask: Tensor, positions: int, like: Tensor) -
 
     A token that may see no tile at all, such as text before the first image, attends to every image token alike, and
     only its feed-forward branch is multiplied by 0: the rule of transformers 4.45.2 and later. Meta's original
-    suppresses its attention branch too (MLLAMA-DECODER-006).
+    suppresses its attention branch too (MLLAMA-DECODER-009).
 
     Args:
         cross_attention_mask: (B, S, N, T), 0 for tiles that a token may not see.

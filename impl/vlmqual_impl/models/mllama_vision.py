@@ -152,7 +152,7 @@ def selected_states(states: Mapping[int, Tensor], indices: Sequence[int]) -> Ten
 
     Index i is the state that enters layer i, and the number of layers the state that leaves the last: the rule of the
     original implementation and of transformers 4.45.2. From 5.0 on transformers takes the state that leaves layer i,
-    with which released weights give other answers (MLLAMA-TOWER-008).
+    with which released weights give other answers (MLLAMA-TOWER-011).
 
     Args:
         states: by number (I, T * M, D), what enters layer 0, 1, ... and what leaves the last; at least the wanted ones.

@@ -79,7 +79,7 @@ class MllamaTextRuntime(EagerRuntime):
         features: Tensor | None,
         taps: dict[str, Tensor] | None,
     ) -> tuple[Tensor, Later]:
-        """See `EagerRuntime.start`; later tokens see what the prompt's last position sees (MLLAMA-DEC-002)."""
+        """See `EagerRuntime.start`; later tokens see what the prompt's last position sees (MLLAMA-DEC-004)."""
         mask = inputs.get(MASK)
         hidden = self._run(x, positions, seen, cache, self.images(x, features, mask), taps)
         return hidden, {} if mask is None else {MASK: mask[:, -1:]}
@@ -109,7 +109,7 @@ class MllamaTextRuntime(EagerRuntime):
     ) -> Tensor:
         text = self.language.model
         hidden = mllama.run(text, x, positions, seen, cache, images, implementation=self.implementation, taps=taps)
-        if taps is not None and cache.cross:  # MLLAMA-DEC-003
+        if taps is not None and cache.cross:  # MLLAMA-DEC-005
             taps[COUNTER] = torch.tensor(list(cache.cross.computed.values()), dtype=torch.float32)
         return hidden
 
