@@ -75,7 +75,8 @@ def test_scenarios_are_chosen_by_suite_or_by_id(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ('["a.png"]', "[]", "0 images for another number of markers"),
+        ('["a.png"]', "[]", "1 markers <image> for 0 images"),
+        ('"idefics3"', '"mllama"', r"0 markers <\|image\|> for 1 images"),
         ('"idefics3"', '"clip"', "valid are idefics"),
         ("checkpoint", "model", "unknown keys model"),
         ('id = "one"', 'id = "one"\nbatch = 0', "at least 1"),

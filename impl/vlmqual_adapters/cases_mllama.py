@@ -70,7 +70,7 @@ CASES = (
     Case(
         "photo-one-tile",
         "an image of 3 x 50 pixels in one tile",
-        ((chat(f"{IMAGE}Which colour is it?"), ("edge-3x50.png",)),),
+        ((chat(f"{IMAGE}Is it red or green?"), ("edge-3x50.png",)),),
         vision_taps=False,
         text_taps=False,
     ),

@@ -188,7 +188,7 @@ def _vision_parameters(vision: Mapping[str, Any]) -> Iterator[Sizes]:
     for name in ("pre_tile_positional_embedding", "post_tile_positional_embedding"):
         yield f"vision_model.{name}.gate", (1,), 0.1, 0.7
         yield f"vision_model.{name}.embedding.weight", (ratios, tiles * wide), 0.6, 0.0
-    yield "vision_model.gated_positional_embedding.gate", (1,), 0.1, 0.6
+    yield "vision_model.gated_positional_embedding.gate", (1,), 0.1, 0.9
     yield "vision_model.gated_positional_embedding.embedding", (positions, wide), 0.8, 0.0
     table = (ratios, tiles * positions * wide)
     yield "vision_model.gated_positional_embedding.tile_embedding.weight", table, 0.6, 0.0

@@ -102,13 +102,18 @@ def _as_bytes(array: Array) -> npt.NDArray[np.uint8]:
     low, high = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("the image array has values that are not finite")
-    if np.allclose(array, array.astype(int)):
+    if not fractional(array):
         if low < 0 or high > 255:
             raise ValueError(f"image values go from {low:g} to {high:g}; whole numbers have to lie in 0..255")
         return array.astype(np.uint8)
     if low < 0 or high > 1:
         raise ValueError(f"image values go from {low:g} to {high:g}; fractions have to lie in 0..1")
     return (array.astype(np.float64) * 255).astype(np.float32).astype(np.uint8)
+
+
+def fractional(array: Array) -> bool:
+    """True for values that are not all whole numbers, in the reference's tolerance."""
+    return array.dtype.kind == "f" and not np.allclose(array, array.astype(int))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

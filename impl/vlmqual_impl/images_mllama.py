@@ -3,8 +3,8 @@
 An image is resized without distortion so that it fits a canvas of whole tiles, padded with zeros to that canvas, turned
 into numbers and cut into tiles. Sizes are (height, width), arrangements (tiles high, tiles wide). Source of the rules:
 Mllama documentation 4.45.2 and, where it is silent, the behaviour of transformers 4.45.2, whose PIL results are matched
-bit for bit; for images that it cannot make 1 pixel high or wide, that of 5.23.0. Reading pictures, colours, resizing,
-rescaling and normalising are those of `images`.
+bit for bit; for images that it cannot make 1 pixel high or wide, that of 5.23.0. Reading pictures, resizing and
+normalising are those of `images`.
 
 Legend of shapes: B samples, N images of a sample, T = `max_image_tiles`, t side of a tile, C channels.
 """
@@ -15,10 +15,45 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
+from vlmqual_impl import images
 from vlmqual_impl.images import Array, Size
 
 Arrangement = tuple[int, int]
+
+
+def channel_format(array: Array, given: str | None = None) -> str:
+    """Where the channels of a (.., .., ..) array stand; 4 rows or columns are no channels where 1 or 3 others are.
+
+    Raises:
+        ValueError: it is not given and cannot be inferred.
+    """
+    if given is None and array.shape[0] not in (1, 3) and array.shape[-1] in (1, 3):  # MLLAMA-IMG-038
+        return "channels_last"
+    return images.channel_format(array, given)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three channels; every picture of another mode than RGB is laid on white (MLLAMA-IMG-036).
+
+    A colour that an RGB file declares transparent stays what it is.
+    """
+    if image.mode == "RGB":
+        return image
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def unconverted(image: Image.Image) -> Image.Image:
+    """The values of a picture as they are stored, whatever they mean: palette indices, inks, alpha (MLLAMA-IMG-037).
+
+    Raises:
+        ValueError: they have no 1, 3 or 4 channels, or lie outside 0..255.
+    """
+    values = np.asarray(image)
+    return images.picture(values, None if values.ndim == 2 else "channels_last")
 
 
 def arrangements(tiles: int) -> list[Arrangement]:
@@ -37,7 +72,8 @@ def canvas(size: Size, tile: int, tiles: int) -> Arrangement:
     """The arrangement whose canvas suits an image best (MLLAMA-IMG-045).
 
     Of the canvases that the image has to be enlarged for (or fits exactly), that of the smallest enlargement; if there
-    is none, that of the smallest shrinking. Among equals the one with the fewest tiles, then the first.
+    is none, that of the smallest shrinking. Among equals the one with the fewest tiles. There is only one: where (a, b)
+    and (c, d) with a < c and b > d scale alike, so does (a, d), which has fewer tiles than both.
     """
     height, width = size
     found = arrangements(tiles)
@@ -76,6 +112,14 @@ def pad(array: Array, arrangement: Arrangement, tile: int) -> Array:
             f"tiles of {tile}"
         )
     return np.pad(array, ((0, down), (0, across), (0, 0)))
+
+
+def rescale(array: Array, factor: float) -> Array:
+    """Values times factor as float32 (MLLAMA-IMG-034).
+
+    The product of bytes is made in float64, that of float32 values in float32, as in 4.45.2.
+    """
+    return (array * float(factor)).astype(np.float32)
 
 
 def tiles_of(array: Array, arrangement: Arrangement) -> Array:

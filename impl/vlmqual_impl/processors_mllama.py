@@ -85,11 +85,21 @@ def dense_mask(
 
     Returns:
         (B, S, N, T) int64.
+
+    Raises:
+        ValueError: the rows have not one image token for every image, as where a prompt was truncated.
     """
     seen = [spans(row, marker) for row in rows]
-    shape = (len(rows), max(map(len, rows)), max(map(len, seen)), tiles)
-    mask = np.zeros(shape, np.int64)
-    for row, (found, counts) in enumerate(zip(seen, num_tiles, strict=True)):
-        for image, ((start, end), count) in enumerate(zip(found, counts, strict=True)):
-            mask[row, start:end, image, :count] = 1
+    found, wanted = [len(each) for each in seen], [len(each) for each in num_tiles]
+    if found != wanted:
+        raise ValueError(
+            f"the token rows have {found} image tokens (id {marker}) and the samples have {wanted} images; "
+            "prompts with images may be neither truncated nor spread over several rows"
+        )
+    length = max(map(len, rows))
+    mask = np.zeros((len(rows), length, max(found), tiles), np.int64)
+    for row, counts in enumerate(num_tiles):
+        for image, ((start, end), count) in enumerate(zip(seen[row], counts, strict=True)):
+            # Rows that are not padded differ in length; a single image is seen to the end of the longest one.
+            mask[row, start : length if len(counts) == 1 else end, image, :count] = 1
     return mask

@@ -35,7 +35,7 @@ _FLAGS = (
 _IMAGE_CALL = (*_FLAGS, "return_row_col_info", "data_format", "input_data_format")
 
 
-class Idefics3ImageProcessor:
+class Idefics3ImageProcessor(shared.SavedOptions):
     """Turns images into frames and masks. Parameters and defaults as documented for 4.46.3; unknown ones are kept.
 
     Args:
@@ -54,6 +54,8 @@ class Idefics3ImageProcessor:
         **kwargs: kept and written back by `save_pretrained`.
     """
 
+    OPTIONS = _FLAGS
+    PROCESSOR = "Idefics3Processor"
     model_input_names = ("pixel_values", "pixel_attention_mask")
 
     def __init__(
@@ -190,48 +192,6 @@ class Idefics3ImageProcessor:
         if chosen["do_normalize"]:
             arrays = [rules.normalize(array, chosen["image_mean"], chosen["image_std"]) for array in arrays]
         return arrays, rows, columns
-
-    def to_dict(self) -> dict[str, Any]:
-        """Options as they are written to a file."""
-        options = {name: getattr(self, name) for name in (*_FLAGS, *self._more)}
-        return {**options, "resample": int(self.resample), "image_processor_type": type(self).__name__}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **kwargs: Any) -> Self:
-        """From options; keyword arguments override them."""
-        left_out = ("image_processor_type", "processor_class", "feature_extractor_type")
-        return cls(**{**{key: value for key, value in values.items() if key not in left_out}, **kwargs})
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
-        """Write `preprocessor_config.json`, in the layout of 4.46; the paths written."""
-        values = {**self.to_dict(), "processor_class": "Idefics3Processor"}
-        return [files.write_json(Path(save_directory) / files.IMAGE_FILE, values)]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Read `preprocessor_config.json`, or the image part of a newer `processor_config.json`.
-
-        Args:
-            pretrained_model_name_or_path: directory or hub id.
-            **kwargs: override what the file says, for example size={"longest_edge": 2 * 364} (IDEFICS3-CARD-008).
-
-        Raises:
-            ValueError: there is no such file, or it is damaged.
-        """
-        directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        return cls.from_saved(files.image_options(directory), options)
-
-    @classmethod
-    def from_saved(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        """From what a file holds, some of it overridden.
-
-        Raises:
-            TypeError: an override is neither an option nor something that the file holds.
-        """
-        unknown = [key for key in overrides if key not in _FLAGS and key not in values]
-        if unknown:
-            raise TypeError(f"{cls.__name__} does not know {', '.join(unknown)}; it knows {', '.join(_FLAGS)}")
-        return cls.from_dict(values, **overrides)
 
 
 class Idefics3Processor:
@@ -422,10 +382,7 @@ def _check_options(chosen: Mapping[str, Any], framework: str | None, format_: st
     sides = [*(size.values() if chosen["do_resize"] else ()), tile["longest_edge"]]
     if not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"size {size!r} and max_image_size {tile!r} need whole numbers of at least 1 pixel")
-    if chosen["do_rescale"] and not isinstance(chosen["rescale_factor"], (int, float)):
-        raise ValueError(f"rescale_factor {chosen['rescale_factor']!r} is no number")
-    if chosen["resample"] not in list(Image.Resampling):
-        raise ValueError(f"resample {chosen['resample']!r} is no PIL filter; valid are {[*map(int, Image.Resampling)]}")
+    shared.check_numbers(chosen)
 
 
 def _input_format(samples: Sequence[Sequence[Any]], given: str | None) -> str:

@@ -39,11 +39,12 @@ _FLAGS = (
 _IMAGE_CALL = (*_FLAGS, "input_data_format")
 
 
-class MllamaImageProcessor:
+class MllamaImageProcessor(shared.SavedOptions):  # MLLAMA-IMG-044
     """Turns images into tiles. Parameters and defaults as documented for 4.45.2; unknown ones are kept.
 
     Args:
-        do_convert_rgb: convert to three channels first; transparency becomes white.
+        do_convert_rgb: convert PIL images and files to three channels first; transparency becomes white. Arrays and
+            tensors stay as they are.
         do_resize: has to be True.
         size: {"height": n, "width": n} of a tile, by default 224.
         resample: PIL filter number, by default BILINEAR (2).
@@ -60,6 +61,8 @@ class MllamaImageProcessor:
         ValueError: a value is not valid; the sentence names it.
     """
 
+    OPTIONS = _FLAGS
+    PROCESSOR = "MllamaProcessor"
     model_input_names = ("pixel_values", "num_tiles", "aspect_ratio_ids", "aspect_ratio_mask")
 
     def __init__(
@@ -118,7 +121,8 @@ class MllamaImageProcessor:
 
         Args:
             images: one image, a list of images (one sample), or a list of lists (a batch) (MLLAMA-IMG-042). An image is
-                a PIL image, a numpy array, a torch tensor or the path of a file. A sample of a batch may be empty.
+                a PIL image, a numpy array, a torch tensor or the path of a file. Arrays of fractions in 0..1 stay
+                fractions: they want do_rescale=False. A sample of a batch may be empty.
             do_convert_rgb: see the constructor, as for the options that follow (MLLAMA-IMG-037).
             do_resize: see the constructor.
             size: see the constructor.
@@ -161,16 +165,17 @@ class MllamaImageProcessor:
 
     def _tiles(self, value: Any, chosen: Mapping[str, Any], format_: str | None) -> tuple[Array, rules.Arrangement]:
         """The tiles (n, C, t, t) of one image, and their arrangement."""
-        image = pictures.picture(opened(value), format_)
-        if chosen["do_convert_rgb"]:
-            image = pictures.to_rgb(image)  # MLLAMA-IMG-036
-        tile = int(chosen["size"]["height"])
-        arrangement = rules.canvas((image.height, image.width), tile, int(chosen["max_image_tiles"]))
-        wanted = rules.fitted_size((image.height, image.width), arrangement, tile)
-        array = pictures.frame_array(pictures.resize(image, wanted, int(chosen["resample"])))
-        array = rules.pad(array, arrangement, tile)
+        array, arrangement = _resized(
+            opened(value),
+            format_,
+            bool(chosen["do_convert_rgb"]),
+            int(chosen["size"]["height"]),
+            int(chosen["max_image_tiles"]),
+            int(chosen["resample"]),
+        )
+        array = rules.pad(array, arrangement, int(chosen["size"]["height"]))
         if chosen["do_rescale"]:
-            array = pictures.rescale(array, chosen["rescale_factor"])
+            array = rules.rescale(array, chosen["rescale_factor"])
         if chosen["do_normalize"]:
             array = pictures.normalize(array, chosen["image_mean"], chosen["image_std"])  # MLLAMA-IMG-034
         return rules.tiles_of(array, arrangement), arrangement
@@ -196,9 +201,11 @@ class MllamaImageProcessor:
             ValueError: a value is not valid, or the image is larger.
         """
         _check_size(size)
-        array, format_ = _channels_last(image, input_data_format)
+        found, wanted = _formats(image, data_format, input_data_format)
+        array = pictures.pixels(image)
         high, wide = aspect_ratio
-        return _formatted(rules.pad(array, (high, wide), size["height"]), data_format or format_)
+        last = array.transpose(1, 2, 0) if found == "channels_first" else array
+        return _formatted(rules.pad(last, (high, wide), size["height"]), wanted)
 
     def resize(
         self,
@@ -220,61 +227,15 @@ class MllamaImageProcessor:
             input_data_format: that of the image, None infers it.
 
         Returns:
-            The resized image, uint8, and (tiles high, tiles wide).
+            The resized image, uint8, or float32 for fractions; and (tiles high, tiles wide).
 
         Raises:
             ValueError: a value is not valid.
         """
         _check_size(size)
-        array, format_ = _channels_last(image, input_data_format)
-        picture = pictures.picture(array, "channels_last")
-        arrangement = rules.canvas((picture.height, picture.width), size["height"], max_image_tiles)
-        wanted = rules.fitted_size((picture.height, picture.width), arrangement, size["height"])
-        resized = pictures.frame_array(pictures.resize(picture, wanted, int(resample)))
-        return _formatted(resized, data_format or format_), arrangement
-
-    def to_dict(self) -> dict[str, Any]:
-        """Options as they are written to a file."""
-        options = {name: getattr(self, name) for name in (*_FLAGS, *self._more)}
-        return {**options, "resample": int(self.resample), "image_processor_type": type(self).__name__}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **kwargs: Any) -> Self:
-        """From options; keyword arguments override them."""
-        left_out = ("image_processor_type", "processor_class", "feature_extractor_type")
-        return cls(**{**{key: value for key, value in values.items() if key not in left_out}, **kwargs})
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
-        """Write `preprocessor_config.json`, in the layout of 4.45; the paths written (MLLAMA-IMG-044)."""
-        values = {**self.to_dict(), "processor_class": "MllamaProcessor"}
-        return [files.write_json(Path(save_directory) / files.IMAGE_FILE, values)]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Read `preprocessor_config.json`, or the image part of a newer `processor_config.json`.
-
-        Args:
-            pretrained_model_name_or_path: directory or hub id.
-            **kwargs: override what the file says.
-
-        Raises:
-            ValueError: there is no such file, or it is damaged.
-            TypeError: an override is neither an option nor something that the file holds.
-        """
-        directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        return cls.from_saved(files.image_options(directory), options)
-
-    @classmethod
-    def from_saved(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        """From what a file holds, some of it overridden.
-
-        Raises:
-            TypeError: an override is neither an option nor something that the file holds.
-        """
-        unknown = [key for key in overrides if key not in _FLAGS and key not in values]
-        if unknown:
-            raise TypeError(f"{cls.__name__} does not know {', '.join(unknown)}; it knows {', '.join(_FLAGS)}")
-        return cls.from_dict(values, **overrides)
+        found, wanted = _formats(image, data_format, input_data_format)
+        resized, arrangement = _resized(image, found, False, size["height"], max_image_tiles, int(resample))
+        return _formatted(resized, wanted), arrangement
 
 
 class MllamaProcessor:
@@ -359,6 +320,8 @@ class MllamaProcessor:
             num_tiles = data.pop("num_tiles")
         if texts is None:
             return Batch(data)
+        if not self.bos_token:
+            raise ValueError("the tokenizer has no bos_token; every prompt needs a beginning-of-text token")
         begun = [prompts.begun(one, self.bos_token) for one in texts]
         encoded = self.tokenizer(text=begun, **text_options)
         if images is not None:
@@ -443,10 +406,7 @@ def _check_options(chosen: Mapping[str, Any]) -> None:
             )
     rules.arrangements(chosen["max_image_tiles"])
     _check_size(chosen["size"])
-    if chosen["do_rescale"] and not isinstance(chosen["rescale_factor"], (int, float)):
-        raise ValueError(f"rescale_factor {chosen['rescale_factor']!r} is no number")
-    if chosen["resample"] not in list(Image.Resampling):
-        raise ValueError(f"resample {chosen['resample']!r} is no PIL filter; valid are {[*map(int, Image.Resampling)]}")
+    shared.check_numbers(chosen)
 
 
 def _check_size(size: Any) -> None:
@@ -467,21 +427,49 @@ def _tensor(array: Array, framework: str | None) -> Any:
 
 
 def _stacked(name: str, rows: Any, framework: str) -> Any:
-    """Rows of numbers as one array or tensor.
+    """Numbers, or rows of numbers, as one array or tensor.
 
     Raises:
-        ValueError: they differ in length.
+        ValueError: the rows differ in length.
     """
-    if len({len(row) for row in rows}) > 1:
-        lengths = sorted({len(row) for row in rows})
+    lengths = sorted({len(row) for row in rows if not isinstance(row, int)})
+    if len(lengths) > 1:
         raise ValueError(f"{name} cannot be one tensor: the rows are {lengths} tokens long; use padding=True")
     return _tensor(np.array(rows, np.int64), framework)
 
 
-def _channels_last(image: Any, format_: str | None) -> tuple[Array, str]:
+def _resized(
+    value: Any, format_: str | None, to_rgb: bool, tile: int, tiles: int, resample: int
+) -> tuple[Array, rules.Arrangement]:
+    """An image (H, W, C) at the size that fits its canvas, and the canvas; fractions are resized as bytes."""
+    fractions = False
+    if isinstance(value, Image.Image):
+        image = pictures.picture(value, format_)
+        image = rules.to_rgb(image) if to_rgb else rules.unconverted(image)
+    else:
+        array = pictures.pixels(value)
+        image = pictures.picture(array, rules.channel_format(array, format_) if array.ndim == 3 else format_)
+        fractions = pictures.fractional(array)
+    arrangement = rules.canvas((image.height, image.width), tile, tiles)
+    wanted = rules.fitted_size((image.height, image.width), arrangement, tile)
+    resized = pictures.frame_array(pictures.resize(image, wanted, resample))
+    return (rules.rescale(resized, 1 / 255) if fractions else resized), arrangement
+
+
+def _formats(image: Any, wanted: str | None, given: str | None) -> tuple[str, str]:
+    """Where the channels of an array stand, and where those of the result shall stand.
+
+    Raises:
+        ValueError: a format is unknown or cannot be inferred, or the array has not three axes.
+    """
     array = pictures.pixels(image)
-    found = pictures.channel_format(array, format_)
-    return (array.transpose(1, 2, 0) if found == "channels_first" else array), found
+    if array.ndim != 3:
+        raise ValueError(f"an image array has 3 axes here, not {array.ndim} (shape {array.shape})")
+    for name, value in (("data_format", wanted), ("input_data_format", given)):
+        if value is not None and value not in pictures.FORMATS:
+            raise ValueError(f"{name} {value!r} is unknown; valid are {', '.join(pictures.FORMATS)} and None")
+    found = rules.channel_format(array, given)
+    return found, wanted or found
 
 
 def _formatted(array: Array, format_: str) -> Array:

@@ -1,9 +1,14 @@
-"""What the processors of all families share: sorting of options, texts, chat templates."""
+"""What the processors of all families share: files of image options, sorting of options, texts, chat templates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from PIL import Image
+
+from vlmqual_impl import processor_files as files
 
 TEXT_CALL = (
     "add_special_tokens",
@@ -22,6 +27,74 @@ TEXT_CALL = (
     "verbose",
     "is_split_into_words",
 )
+
+
+class SavedOptions:
+    """An image processor's options to files and back, in the layouts of 4.x and 5.x.
+
+    Attributes:
+        OPTIONS: names of its options, each an attribute.
+        PROCESSOR: class of the processor that it is a part of.
+    """
+
+    OPTIONS: ClassVar[Sequence[str]]
+    PROCESSOR: ClassVar[str]
+    _more: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Options as they are written to a file."""
+        options = {name: getattr(self, name) for name in (*self.OPTIONS, *self._more)}
+        return {**options, "resample": int(options["resample"]), "image_processor_type": type(self).__name__}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **kwargs: Any) -> Self:
+        """From options; keyword arguments override them."""
+        left_out = ("image_processor_type", "processor_class", "feature_extractor_type")
+        return cls(**{**{key: value for key, value in values.items() if key not in left_out}, **kwargs})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
+        """Write `preprocessor_config.json`, in the layout of 4.x; the paths written."""
+        values = {**self.to_dict(), "processor_class": self.PROCESSOR}
+        return [files.write_json(Path(save_directory) / files.IMAGE_FILE, values)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Read `preprocessor_config.json`, or the image part of a newer `processor_config.json`.
+
+        Args:
+            pretrained_model_name_or_path: directory or hub id.
+            **kwargs: override what the file says.
+
+        Raises:
+            ValueError: there is no such file, or it is damaged.
+            TypeError: an override is neither an option nor something that the file holds.
+        """
+        directory, options = files.located(pretrained_model_name_or_path, kwargs)
+        return cls.from_saved(files.image_options(directory), options)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        """From what a file holds, some of it overridden.
+
+        Raises:
+            TypeError: an override is neither an option nor something that the file holds.
+        """
+        unknown = [key for key in overrides if key not in cls.OPTIONS and key not in values]
+        if unknown:
+            raise TypeError(f"{cls.__name__} does not know {', '.join(unknown)}; it knows {', '.join(cls.OPTIONS)}")
+        return cls.from_dict(values, **overrides)
+
+
+def check_numbers(chosen: Mapping[str, Any]) -> None:
+    """Refuse options of resizing and rescaling that are no such thing.
+
+    Raises:
+        ValueError: `rescale_factor` is no number or `resample` is no filter.
+    """
+    if chosen["do_rescale"] and not isinstance(chosen["rescale_factor"], (int, float)):
+        raise ValueError(f"rescale_factor {chosen['rescale_factor']!r} is no number")
+    if chosen["resample"] not in list(Image.Resampling):
+        raise ValueError(f"resample {chosen['resample']!r} is no PIL filter; valid are {[*map(int, Image.Resampling)]}")
 
 
 def sorted_options(
@@ -43,14 +116,18 @@ def sorted_options(
     common = dict(kwargs.pop("common_kwargs", {}))
     framework = kwargs.pop("return_tensors", common.pop("return_tensors", None))
     framework = image_options.pop("return_tensors", text_options.pop("return_tensors", framework))
-    for key, value in {**common, **kwargs}.items():
-        if key in image_call:
-            image_options[key] = value
-        elif key in TEXT_CALL:
-            text_options[key] = value
-        else:
-            known = ", ".join((*image_call, *TEXT_CALL, "return_tensors"))
-            raise TypeError(f"{name} does not know {key!r}; it knows {known}")
+    flat = {**common, **kwargs}
+    image_options |= {key: value for key, value in flat.items() if key in image_call}
+    text_options |= {key: value for key, value in flat.items() if key in TEXT_CALL}
+    both = (*image_call, *TEXT_CALL)
+    for place, keys, known in (
+        ("", flat, (*both, "return_tensors")),
+        (" in images_kwargs", image_options, image_call),
+        (" in text_kwargs", text_options, TEXT_CALL),
+    ):
+        for key in keys:
+            if key not in known:
+                raise TypeError(f"{name} does not know {key!r}{place}; it knows {', '.join(known)}")
     if text_options.pop("is_split_into_words", False):  # IDEFICS3-PROC-020
         raise ValueError("is_split_into_words=True is not supported; a prompt is one string")
     return image_options, text_options, framework
