@@ -206,6 +206,20 @@ def test_plots_follow_the_data_that_is_there(book, make_measurement):
     assert any(text.startswith("prefill: latency over TP sizes") and text.endswith("TP 2 noisy") for text in captions)
 
 
+def test_prefill_over_image_tokens_is_drawn_for_each_family(book, make_measurement):
+    rows = [
+        make_measurement(
+            "prefill", [[0.1 * tokens]], scenario=f"{family}-{tokens}", family=family, shape={"image_tokens": tokens}
+        )
+        for family in ("idefics3", "mllama")
+        for tokens in (1, 2)
+    ]
+    book.write(book.header("perf"), rows)
+    captions = [node.text for node in book.page().all("figcaption")]
+    families = [name for text in captions for name in ("idefics3", "mllama") if f"tokens, {name}" in text]
+    assert families == ["idefics3", "mllama"], f"models of two families share a chart: {captions}"
+
+
 def test_ids_inside_the_plots_are_unique_in_the_page(book, make_measurement):
     rows = [
         make_measurement(phase, [[0.1, 0.2], [0.1, 0.2]] if phase == "decode" else [[0.1]], tp, scenario=name)

@@ -54,7 +54,9 @@ _DISTRIBUTION_CAPTION = (
     "Decode steps: share of steps that took at most so long; each point is one step, the slowest rank's"
 )
 _TP_CAPTION = "{phase}: latency over TP sizes; points are single values, bars are medians"
-_PREFILL_CAPTION = "Prefill over image tokens, all scenarios of batch 1; points are single values, lines join medians"
+_PREFILL_CAPTION = (
+    "Prefill over image tokens, {family}, all scenarios of batch 1; points are single values, lines join medians"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class PerfView:
     view: RunView
     phases: tuple[str, ...]
     briefs: tuple[Brief, ...]
-    overview: Figure | None
+    overviews: tuple[Figure, ...]
     blocks: tuple[tuple[Block, tuple[Figure, ...]], ...]
 
 
@@ -242,12 +244,12 @@ def _perf_views(rows: Sequence[RunView]) -> tuple[PerfView, ...]:
             figures = _figures(block, drawn)
             drawn += len(figures)
             parts.append((block, figures))
-        overview = None
-        points = prefill_by_image_tokens(found)
-        if len({tokens for series in points.values() for tokens, _ in series}) > 1:
-            overview = Figure(plots.prefill(points, drawn), _PREFILL_CAPTION)
-            drawn += 1
-        views.append(PerfView(row, tuple(phases(found)), tuple(briefs(found)), overview, tuple(parts)))
+        overviews = []
+        for family, points in prefill_by_image_tokens(found).items():
+            if len({tokens for series in points.values() for tokens, _ in series}) > 1:
+                overviews.append(Figure(plots.prefill(points, drawn), _PREFILL_CAPTION.format(family=family)))
+                drawn += 1
+        views.append(PerfView(row, tuple(phases(found)), tuple(briefs(found)), tuple(overviews), tuple(parts)))
     return tuple(views)
 
 

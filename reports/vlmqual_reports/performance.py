@@ -165,16 +165,19 @@ def states(run: Run) -> dict[str, int]:
     return _states(run.measurements)
 
 
-def prefill_by_image_tokens(found: Sequence[Block]) -> dict[int, list[tuple[int, list[float]]]]:
-    """TP sizes to (image tokens, prefill values in ms) over all scenarios of batch 1, by number of image tokens."""
-    points: dict[int, list[tuple[int, list[float]]]] = {}
+Series = dict[int, list[tuple[int, list[float]]]]
+
+
+def prefill_by_image_tokens(found: Sequence[Block]) -> dict[str, Series]:
+    """For each family TP sizes to (image tokens, prefill values in ms), scenarios of batch 1, by image tokens."""
+    points: dict[str, Series] = {}
     for block in found:
         tokens = block.shape.get("image_tokens")
         if tokens is None or block.batch != 1:
             continue
         for tp, values in block.values_ms("prefill").items():
-            points.setdefault(tp, []).append((int(tokens), values))
-    return {tp: sorted(points[tp]) for tp in sorted(points)}
+            points.setdefault(block.family, {}).setdefault(tp, []).append((int(tokens), values))
+    return {name: {tp: sorted(series[tp]) for tp in sorted(series)} for name, series in sorted(points.items())}
 
 
 def _states(cells: Iterable[Measurement]) -> dict[str, int]:
