@@ -193,9 +193,8 @@ def run_cut(seed: int, directory: Path) -> int:
         for attention in ("eager", "sdpa"):
             worst = errors["bundled", attention] / (2 * noise)
             failed += worst > 1
-            print(
-                f"    {name} {attention}: error {errors['bundled', attention]:.3e}, noise {noise:.3e}, worst {worst:.2f}"
-            )
+            error = errors["bundled", attention]
+            print(f"    {name} {attention}: error {error:.3e}, noise {noise:.3e}, worst {worst:.2f}", flush=True)
     other = our_logits(directory, torch.float32, "sdpa", blind)
     away = float((other - gold).abs().max() / largest)
     print(f"another image moves the logits by {away:.3e}; peak {peak_gib():.2f} GiB")

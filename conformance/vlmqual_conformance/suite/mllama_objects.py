@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from vlmqual_conformance.suite.library_objects import arguments, array
 from vlmqual_contract import fixtures
-from vlmqual_contract.subject import Handle, RemoteLibrary
+from vlmqual_contract.subject import Handle, RemoteLibrary, Tensor
 from vlmqual_contract.target import Array
 
 #: Sizes of the tiny checkpoint.
@@ -139,6 +140,13 @@ class MllamaObjects:
     def part(self, name: str) -> str:
         """Path of `vision_model` or `multi_modal_projector` in the generating model; 5.x has a trunk between."""
         return name if self.model.has(name) else f"model.{name}"
+
+    def refill(self, model: Handle, pattern: str, value: float) -> None:
+        """Set every number of the parameters whose names match; only of a model that no other test uses."""
+        names = [name for name in self.library.call("builtins:list", model.call("state_dict"))]
+        found = {name: Tensor(np.full_like(model.get(name), value)) for name in names if fnmatchcase(name, pattern)}
+        assert found, f"no parameter is called {pattern}"
+        model.call("load_state_dict", found, strict=False)
 
     def states(self, **pixels: Array) -> Array:
         """Projected features of pixels, (images * tiles, positions, width)."""

@@ -25,12 +25,12 @@ def supported(tiles: int) -> list[tuple[int, int]]:
 def arrangement(size: tuple[int, int], tile: int, tiles: int) -> tuple[int, int]:
     """The arrangement for an image; scales are compared in float64, as the reference does."""
     height, width = size
-    best: tuple[float, int, int] | None = None
+    best: tuple[bool, float, int, int] | None = None
     chosen = (0, 0)
     for place, (a, b) in enumerate(supported(tiles)):
         scale = min(a * tile / height, b * tile / width)
         # enlarging before shrinking, the least enlargement or the least shrinking, the fewest tiles, the first
-        rank = (scale if scale >= 1 else 1e9 - scale, a * b, place)
+        rank = (scale < 1, scale if scale >= 1 else -scale, a * b, place)
         if best is None or rank < best:
             best, chosen = rank, (a, b)
     return chosen

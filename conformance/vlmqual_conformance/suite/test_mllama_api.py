@@ -147,7 +147,7 @@ def test_the_processor_takes_an_image_processor_and_a_tokenizer(library: RemoteL
     assert all(item.required for item in parameters), "both are required"
 
 
-@requirement("MLLAMA-IMG-001")
+@requirement("MLLAMA-IMG-001", "MLLAMA-IMG-035")
 def test_parameters_of_the_image_processor(library: RemoteLibrary) -> None:
     parameters = library.signature("MllamaImageProcessor")
     assert named(parameters) == list(IMAGES)

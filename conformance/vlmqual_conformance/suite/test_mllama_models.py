@@ -12,6 +12,7 @@ from vlmqual_conformance.suite.library_objects import arguments, array, error_of
 from vlmqual_conformance.suite.mllama_objects import (
     BOS,
     CROSSING,
+    GENERATING,
     HEAD_DIM,
     HEADS,
     IMAGE_ID,
@@ -125,7 +126,10 @@ def test_a_new_models_closed_gates_hide_the_image(mllama: MllamaObjects) -> None
         "aspect_ratio_mask": np.ones((1, 1, 4), np.int64),
     }
     mask = seen(5, (0, 1, 4))
-    close(logits(model, input_ids=ids, cross_attention_mask=mask, **images), logits(model, input_ids=ids))
+    inputs = {"input_ids": ids, "cross_attention_mask": mask, **images}
+    close(logits(model, **inputs), logits(model, input_ids=ids))
+    mllama.refill(model, "*cross_attn_*_gate", 1.0)
+    assert apart(logits(model, **inputs), logits(model, input_ids=ids)), "open gates show no image either"
 
 
 @requirement("MLLAMA-CGEN-037")
@@ -259,9 +263,7 @@ def test_a_token_does_not_depend_on_tiles_that_its_mask_hides(mllama: MllamaObje
     mask = np.zeros((1, 8, 2, TILES), np.int64)
     mask[0, 2:, 0, :2] = 1
     mask[0, 6:, 1] = 1
-    inputs = {"input_ids": WITH_IMAGE, "cross_attention_mask": mask}
-    one, changed = (logits(mllama.model, **inputs, **each) for each in (two, other))
-    # The first two rows see no image, so they attend to both; what they pass on by self-attention is theirs.
+    # Without the first two tokens: they see no image, so they attend to both and pass that on by self-attention.
     inputs = {"input_ids": WITH_IMAGE[:, 2:], "cross_attention_mask": mask[:, 2:]}
     one, changed = (logits(mllama.model, **inputs, **each) for each in (two, other))
     close(changed[:, :4], one[:, :4], "tokens that may not see the second image")
@@ -277,6 +279,26 @@ def test_a_token_that_may_see_nothing_attends_to_everything(mllama: MllamaObject
     everything[0, :2] = 1
     fed = logits(mllama.model, **picture_and_text(cross_attention_mask=everything))[:, :2]
     assert apart(fed, before), "the feed-forward branch of text before the image is not suppressed"
+
+
+@requirement("MLLAMA-CGEN-018")
+def test_a_token_that_may_see_nothing_attends_as_if_it_saw_everything(mllama: MllamaObjects) -> None:
+    model = mllama.loaded(GENERATING)
+    mllama.refill(model, "*cross_attn_mlp_gate", 0.0)
+    everything = MASK.copy()
+    everything[0, :2] = 1
+    found = logits(model, **picture_and_text())
+    close(found, logits(model, **picture_and_text(cross_attention_mask=everything)), "without feed-forward branches")
+    assert apart(found[:, :2], logits(model, input_ids=WITH_IMAGE)[:, :2]), "the attention branch is suppressed"
+
+
+@requirement("MLLAMA-CGEN-018")
+def test_a_token_that_may_see_nothing_has_no_feed_forward_branch(mllama: MllamaObjects) -> None:
+    model = mllama.loaded(GENERATING)
+    mllama.refill(model, "*cross_attn_attn_gate", 0.0)
+    found, alone = logits(model, **picture_and_text()), logits(model, input_ids=WITH_IMAGE)
+    close(found[:, :2], alone[:, :2], "without attention branches such tokens are those of text alone")
+    assert apart(found[:, 2:], alone[:, 2:]), "tokens that see the image have no feed-forward branch either"
 
 
 @requirement("MLLAMA-CGEN-027", "MLLAMA-TEXT-007")

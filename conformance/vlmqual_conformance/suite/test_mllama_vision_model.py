@@ -47,6 +47,30 @@ def test_the_output_has_a_place_for_every_tile_and_patch(mllama: MllamaObjects, 
     assert VISION_OUTPUT == VISION_WIDTH * (1 + 3), "the final state and three intermediate ones"
 
 
+@requirement("MLLAMA-VIS-005")
+@pytest.mark.parametrize("marked", [0, 1, 2])
+def test_an_intermediate_index_selects_the_state_that_enters_the_layer(mllama: MllamaObjects, marked: int) -> None:
+    indices = [0, 1, 2, 3]
+    config = mllama.new_config(vision_config={"intermediate_layers_indices": indices, "vision_output_dim": 80})
+    model = mllama.call("MllamaVisionModel", config.get("vision_config"))
+    model.call("eval")
+    for silent in ("*.o_proj.weight", "*.fc2.weight", "*.fc2.bias"):
+        mllama.refill(model, silent, 0.0)  # every layer passes its state on as it is
+    inputs = arguments(**pixels(6, side=28))
+    before = array(model.call("", **inputs), "last_hidden_state")
+    mllama.refill(model, f"transformer.layers.{marked}.mlp.fc2.bias", 1.0)
+    after = array(model.call("", **inputs), "last_hidden_state")
+    assert after.shape == (1, 1, TILES, 5, 80)
+    added = (after - before)[..., 16:].reshape(1, 1, TILES, 5, 16, len(indices))
+    wanted = [float(index > marked) for index in indices]
+    np.testing.assert_allclose(
+        added,
+        np.broadcast_to(wanted, added.shape),
+        atol=1e-5,
+        err_msg=f"layer {marked} adds 1 to every channel; states kept for {indices}, channel by channel",
+    )
+
+
 @requirement("MLLAMA-VIS-006")
 def test_another_arrangement_of_the_same_tiles_gives_another_output(mllama: MllamaObjects) -> None:
     wide = pixels(2)

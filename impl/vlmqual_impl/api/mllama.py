@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmqual_impl.api.mllama_text import MllamaForCausalLM
+from vlmqual_impl.api.mllama_text import MllamaForCausalLM, cached_positions, one_of
 from vlmqual_impl.api.mllama_vision import MllamaVisionModel
 from vlmqual_impl.api.outputs import CausalLMOutputWithPast
 from vlmqual_impl.api.pretrained import PreTrainedModel, default_generation
@@ -141,9 +141,9 @@ class MllamaForConditionalGeneration(Mllama, PreTrainedModel):
             states = mllama.encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         bias = rows = None
         if cross_attention_mask is not None:
-            source = input_ids if input_ids is not None else inputs_embeds
-            tokens = 0 if source is None else source.shape[1]
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            tokens = one_of(input_ids, inputs_embeds).shape[1]
+            caching = self.config.text_config.use_cache if use_cache is None else use_cache
+            past = cached_positions(past_key_values, caching)
             mask = _mask_of_new_tokens(cross_attention_mask, past, tokens)
             per_tile = self.config.vision_config.patches_per_tile
             bias, kept = mllama.visible_tokens(mask, per_tile, self.multi_modal_projector.weight)

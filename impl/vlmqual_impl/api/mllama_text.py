@@ -118,7 +118,7 @@ class MllamaTextModel(MllamaText, PreTrainedModel):
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         caching = config.use_cache if use_cache is None else use_cache
-        past = _past(past_key_values, caching)
+        past = cached_positions(past_key_values, caching)
         x = self._tokens(input_ids, inputs_embeds)
         rows, tokens = x.shape[:2]
         images = self._images(cross_attention_states, cross_attention_mask, full_text_row_masked_out_mask, x)
@@ -162,9 +162,7 @@ class MllamaTextModel(MllamaText, PreTrainedModel):
         return output if as_dict else output.to_tuple()
 
     def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        if (ids is None) == (embeddings is None):  # MLLAMA-CGEN-012
-            given = "neither input_ids nor inputs_embeds is" if ids is None else "input_ids and inputs_embeds are both"
-            raise ValueError(f"{given} given; exactly one of them is needed")
+        one_of(ids, embeddings)
         weight = self.embed_tokens.weight
         if ids is not None:
             check_ids(ids, len(weight))
@@ -328,7 +326,22 @@ class MllamaForCausalLM(MllamaLanguage, PreTrainedModel):
         return output if as_dict else output.to_tuple()
 
 
-def _past(cache: KeyValueCache | None, caching: bool) -> int:
+def one_of(ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """The one of the two that is given.
+
+    Raises:
+        ValueError: both are, or neither.
+    """
+    if ids is not None and embeddings is not None:  # MLLAMA-CGEN-012
+        raise ValueError("input_ids and inputs_embeds are both given; exactly one of them is needed")
+    if ids is not None:
+        return ids
+    if embeddings is None:
+        raise ValueError("neither input_ids nor inputs_embeds is given; exactly one of them is needed")
+    return embeddings
+
+
+def cached_positions(cache: KeyValueCache | None, caching: bool) -> int:
     """Cached positions.
 
     Raises:
