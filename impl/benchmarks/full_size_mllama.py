@@ -33,6 +33,8 @@ from vlmqual_impl.models.mllama import Mllama
 from vlmqual_impl.runtime.eager_mllama import MllamaRuntime
 
 DOCUMENTED = "4.45.2"
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("eager", "sdpa")
 TEXT_TOKENS = 16
 BEFORE_IMAGE = 4
 
@@ -162,7 +164,7 @@ def save_random(config: MllamaConfig, seed: int, directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="2GB")
 
 
-def run_cut(seed: int, directory: Path) -> int:
+def run_cut(seed: int, directory: Path, dtypes: Sequence[str], attentions: Sequence[str]) -> int:
     """Compare a cut of full width with transformers; the exit code."""
     import transformers
 
@@ -182,15 +184,15 @@ def run_cut(seed: int, directory: Path) -> int:
     largest, failed = gold.abs().max(), 0
     print(f"transformers {DOCUMENTED}, logits {tuple(gold.shape)}, largest {float(largest):.3f}", flush=True)
     blind = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
-    for dtype in (torch.float32, torch.bfloat16):
-        name, errors = str(dtype).removeprefix("torch."), {}
+    for name in dtypes:
+        dtype, errors = getattr(torch, name), {}
         for who, logits in (("transformers", reference_logits), ("bundled", our_logits)):
-            for attention in ("eager", "sdpa"):
+            for attention in attentions:
                 gc.collect()
                 found = timed(f"{who} {name} {attention}", partial(logits, directory, dtype, attention, inputs))
                 errors[who, attention] = float((found - gold).abs().max() / largest)
-        noise = max(errors["transformers", attention] for attention in ("eager", "sdpa"))
-        for attention in ("eager", "sdpa"):
+        noise = max(errors["transformers", attention] for attention in attentions)
+        for attention in attentions:
             worst = errors["bundled", attention] / (2 * noise)
             failed += worst > 1
             error = errors["bundled", attention]
@@ -205,15 +207,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments and run; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cut", action="store_true", help="compare a cut of full width with transformers 4.45.2")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="with --cut: only this (default: both)")
+    parser.add_argument(
+        "--attention",
+        action="append",
+        choices=ATTENTION,
+        help="with --cut: only this kind (default: both)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--directory", type=Path, help="keep the cut's checkpoint here (default: a temporary folder)")
     args = parser.parse_args(argv)
     if not args.cut:
         return run_full(args.seed)
     if args.directory is not None:
-        return run_cut(args.seed, args.directory)
+        return run_cut(args.seed, args.directory, args.dtype or DTYPES, args.attention or ATTENTION)
     with tempfile.TemporaryDirectory() as folder:
-        return run_cut(args.seed, Path(folder))
+        return run_cut(args.seed, Path(folder), args.dtype or DTYPES, args.attention or ATTENTION)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def shape_of(scenario: Scenario, inputs: Inputs, config: Mapping[str, object]) -
         config: the model's config.json.
 
     Returns:
-        images and tiles of a row, padded_tiles (tiles that are computed besides), image_tokens that the text model reads
-        and prompt_tokens of the longest row, padded_tokens over all rows, new_tokens.
+        images and tiles of a row, padded_tiles (tiles that are computed besides), image_tokens that the text model
+        reads and prompt_tokens of the longest row, padded_tokens over all rows, new_tokens.
     """
     mask = inputs["attention_mask"]
     tiles, slots, image_tokens = _image_sizes(inputs, config)
@@ -97,7 +97,7 @@ def shape_of(scenario: Scenario, inputs: Inputs, config: Mapping[str, object]) -
 
 
 def _image_sizes(inputs: Inputs, config: Mapping[str, object]) -> tuple[int, int, int]:
-    """Real tiles or frames of a row, places for them, and image tokens that the text model reads; of the longest row."""
+    """Real tiles or frames, places for them, and image tokens that the text model reads; each of the largest row."""
     pixels = inputs.get("pixel_values")
     if pixels is None:
         return 0, 0, 0
@@ -107,7 +107,11 @@ def _image_sizes(inputs: Inputs, config: Mapping[str, object]) -> tuple[int, int
         vision = config["vision_config"]
         if not isinstance(vision, Mapping):
             raise UsageError("config.json: vision_config is no JSON object")
-        return int(real.sum(axis=(1, 2)).max()), slots, slots * ((vision["image_size"] // vision["patch_size"]) ** 2 + 1)
+        return (
+            int(real.sum(axis=(1, 2)).max()),
+            slots,
+            slots * ((vision["image_size"] // vision["patch_size"]) ** 2 + 1),
+        )
     tiles = int(np.any(pixels != 0, axis=(2, 3, 4)).sum(axis=1).max())
     tokens = inputs["input_ids"] == config.get("image_token_id")
     return tiles, tiles, int(tokens.sum(axis=1).max())  # Idefics3: frames of padding are dropped

@@ -143,7 +143,7 @@ class MllamaObjects:
 
     def refill(self, model: Handle, pattern: str, value: float) -> None:
         """Set every number of the parameters whose names match; only of a model that no other test uses."""
-        names = [name for name in self.library.call("builtins:list", model.call("state_dict"))]
+        names = list(self.library.call("builtins:list", model.call("state_dict")))
         found = {name: Tensor(np.full_like(model.get(name), value)) for name in names if fnmatchcase(name, pattern)}
         assert found, f"no parameter is called {pattern}"
         model.call("load_state_dict", found, strict=False)

@@ -49,9 +49,12 @@ def test_the_output_has_a_place_for_every_tile_and_patch(mllama: MllamaObjects, 
 
 @requirement("MLLAMA-VIS-005")
 @pytest.mark.parametrize("marked", [0, 1, 2])
-def test_an_intermediate_index_selects_the_state_that_enters_the_layer(mllama: MllamaObjects, marked: int) -> None:
-    indices = [0, 1, 2, 3]
-    config = mllama.new_config(vision_config={"intermediate_layers_indices": indices, "vision_output_dim": 80})
+@pytest.mark.parametrize("indices", [[0, 1, 2], [2, 3]], ids=["the layers", "the last layer and the end"])
+def test_an_intermediate_index_selects_the_state_that_enters_the_layer(
+    mllama: MllamaObjects, marked: int, indices: list[int]
+) -> None:
+    width = 16 * (1 + len(indices))
+    config = mllama.new_config(vision_config={"intermediate_layers_indices": indices, "vision_output_dim": width})
     model = mllama.call("MllamaVisionModel", config.get("vision_config"))
     model.call("eval")
     for silent in ("*.o_proj.weight", "*.fc2.weight", "*.fc2.bias"):
@@ -60,7 +63,7 @@ def test_an_intermediate_index_selects_the_state_that_enters_the_layer(mllama: M
     before = array(model.call("", **inputs), "last_hidden_state")
     mllama.refill(model, f"transformer.layers.{marked}.mlp.fc2.bias", 1.0)
     after = array(model.call("", **inputs), "last_hidden_state")
-    assert after.shape == (1, 1, TILES, 5, 80)
+    assert after.shape == (1, 1, TILES, 5, width)
     added = (after - before)[..., 16:].reshape(1, 1, TILES, 5, 16, len(indices))
     wanted = [float(index > marked) for index in indices]
     np.testing.assert_allclose(
