@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlmqual_impl.api.arguments import SPARE_SLOTS, cached_positions, real_slots, rotary_positions, with_room
 from vlmqual_impl.api.outputs import ModelOutput, next_token_loss
 from vlmqual_impl.api.pretrained import PreTrainedModel, default_generation
 from vlmqual_impl.cache import KeyValueCache
@@ -22,8 +23,6 @@ from vlmqual_impl.models.idefics3 import Idefics3, Idefics3Trunk
 from vlmqual_impl.runtime.base import Runtime
 from vlmqual_impl.runtime.eager import check_ids
 from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
-
-_SPARE_SLOTS = 64  # a cache that a plain forward call makes can take this many tokens before it has to grow
 
 
 @dataclass
@@ -140,15 +139,7 @@ class Idefics3Model(Idefics3Trunk, PreTrainedModel):
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         caching = config.use_cache if use_cache is None else use_cache
-        past = 0
-        if past_key_values is not None and not isinstance(past_key_values, KeyValueCache):
-            raise ValueError(  # IDEFICS3-MODEL-012
-                f"past_key_values is a {type(past_key_values).__name__}; only the cache that a model returned is taken"
-            )
-        if past_key_values is not None:
-            if not caching:
-                raise ValueError("past_key_values is given, but use_cache is False; a cache can only be continued")
-            past = past_key_values.length
+        past = cached_positions(past_key_values, caching)
         x, places = self._tokens(input_ids, inputs_embeds, past)
         rows, tokens = x.shape[:2]
         if pixel_values is not None and image_hidden_states is not None:
@@ -163,20 +154,11 @@ class Idefics3Model(Idefics3Trunk, PreTrainedModel):
         # A later call carries the features of the first along; they are merged only where image tokens ask for them.
         if features is not None and (past == 0 or bool(places.any())):
             x = idefics3.merge(x, places, features)
-        valid = self._valid(attention_mask, rows, past, tokens, x.device)
-        positions = torch.arange(past, past + tokens, device=x.device)[None].expand(rows, tokens)
-        if position_ids is not None:
-            if position_ids.shape[-1] != tokens or position_ids.shape[0] not in (1, rows) or position_ids.ndim != 2:
-                raise ValueError(f"position_ids is {tuple(position_ids.shape)}; it has to be {(rows, tokens)}")
-            positions = position_ids.to(x.device).expand(rows, tokens)
-        cache = past_key_values
+        valid = real_slots(attention_mask, rows, past, tokens, x.device)
+        positions = rotary_positions(position_ids, rows, past, tokens, x.device)
+        cache = with_room(past_key_values, rows, tokens)
         if caching and cache is None:
-            cache = idefics3.new_cache(self, rows, tokens + _SPARE_SLOTS)
-        elif cache is not None:
-            if cache.batch != rows:
-                raise ValueError(f"past_key_values has {cache.batch} rows; the tokens have {rows}")
-            if past + tokens > cache.max_length:
-                cache.grow(past + tokens + max(past, _SPARE_SLOTS))
+            cache = idefics3.new_cache(self, rows, tokens + SPARE_SLOTS)
         taps: dict[str, Tensor] | None = {} if wants_states else None
         attentions: list[Tensor] | None = [] if wants_attentions else None
         hidden = idefics3.prefill(self, x, positions, valid, cache, taps=taps, attentions=attentions)
@@ -217,18 +199,6 @@ class Idefics3Model(Idefics3Trunk, PreTrainedModel):
         if self.image_token_id >= table.num_embeddings:
             return x, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         return x, (x == table.weight[self.image_token_id]).all(-1)
-
-    @staticmethod
-    def _valid(mask: Tensor | None, rows: int, past: int, tokens: int, device: torch.device) -> Tensor | None:
-        if mask is None:
-            return None
-        if tuple(mask.shape) != (rows, past + tokens):
-            raise ValueError(
-                f"attention_mask is {tuple(mask.shape)}; with {past} cached and {tokens} new tokens it has to be "
-                f"{(rows, past + tokens)}"
-            )
-        seen = mask.to(device) != 0
-        return None if bool(seen.all()) else seen
 
 
 class Idefics3ForConditionalGeneration(Idefics3, PreTrainedModel):

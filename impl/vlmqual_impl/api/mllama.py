@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmqual_impl.api.mllama_text import MllamaForCausalLM, cached_positions, one_of
+from vlmqual_impl.api.arguments import cached_positions, one_of
+from vlmqual_impl.api.mllama_text import MllamaForCausalLM
 from vlmqual_impl.api.mllama_vision import MllamaVisionModel
 from vlmqual_impl.api.outputs import CausalLMOutputWithPast
 from vlmqual_impl.api.pretrained import PreTrainedModel, default_generation

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from vlmqual_impl.api.arguments import SPARE_SLOTS, cached_positions, one_of, real_slots, rotary_positions, with_room
 from vlmqual_impl.api.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, next_token_loss
 from vlmqual_impl.api.pretrained import PreTrainedModel, default_generation
 from vlmqual_impl.cache import KeyValueCache
@@ -22,7 +22,6 @@ from vlmqual_impl.runtime.base import Runtime
 from vlmqual_impl.runtime.eager import check_ids
 from vlmqual_impl.runtime.eager_mllama import MllamaTextRuntime
 
-_SPARE_SLOTS = 64  # a cache that a plain forward call makes can take this many tokens before it has to grow
 _NOT_TEXT = (r"^(model\.)?(vision_model|multi_modal_projector)\.", None)
 
 
@@ -122,23 +121,13 @@ class MllamaTextModel(MllamaText, PreTrainedModel):
         x = self._tokens(input_ids, inputs_embeds)
         rows, tokens = x.shape[:2]
         images = self._images(cross_attention_states, cross_attention_mask, full_text_row_masked_out_mask, x)
-        wanted = torch.arange(past, past + tokens, device=x.device)
-        if cache_position is not None and not torch.equal(cache_position.to(x.device), wanted):
+        if cache_position is not None and cache_position.tolist() != list(range(past, past + tokens)):
             raise ValueError(f"cache_position is {cache_position.tolist()}; the cache makes it {past}..{past + tokens}")
-        positions = wanted[None].expand(rows, tokens)
-        if position_ids is not None:
-            if position_ids.ndim != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, rows):
-                raise ValueError(f"position_ids is {tuple(position_ids.shape)}; it has to be {(rows, tokens)}")
-            positions = position_ids.to(x.device).expand(rows, tokens)
-        valid = _valid(attention_mask, rows, past, tokens, x.device)
-        cache = past_key_values
+        positions = rotary_positions(position_ids, rows, past, tokens, x.device)
+        valid = real_slots(attention_mask, rows, past, tokens, x.device)
+        cache = with_room(past_key_values, rows, tokens)
         if caching and cache is None:
-            cache = mllama.new_cache(self, rows, tokens + _SPARE_SLOTS)
-        elif cache is not None:
-            if cache.batch != rows:
-                raise ValueError(f"past_key_values has {cache.batch} rows; the tokens have {rows}")
-            if past + tokens > cache.max_length:
-                cache.grow(past + tokens + max(past, _SPARE_SLOTS))
+            cache = mllama.new_cache(self, rows, tokens + SPARE_SLOTS)
         taps: dict[str, Tensor] | None = {} if wants_states else None
         attentions: list[Tensor] | None = [] if wants_attentions else None
         hidden = mllama.run(
@@ -324,48 +313,6 @@ class MllamaForCausalLM(MllamaLanguage, PreTrainedModel):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-
-def one_of(ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
-    """The one of the two that is given.
-
-    Raises:
-        ValueError: both are, or neither.
-    """
-    if ids is not None and embeddings is not None:  # MLLAMA-CGEN-012
-        raise ValueError("input_ids and inputs_embeds are both given; exactly one of them is needed")
-    if ids is not None:
-        return ids
-    if embeddings is None:
-        raise ValueError("neither input_ids nor inputs_embeds is given; exactly one of them is needed")
-    return embeddings
-
-
-def cached_positions(cache: KeyValueCache | None, caching: bool) -> int:
-    """Cached positions.
-
-    Raises:
-        ValueError: the cache is of another kind, or is not to be used.
-    """
-    if cache is None:
-        return 0
-    if not isinstance(cache, KeyValueCache):  # MLLAMA-CGEN-023
-        raise ValueError(f"past_key_values is a {type(cache).__name__}; only the cache that a model returned is taken")
-    if not caching:
-        raise ValueError("past_key_values is given, but use_cache is False; a cache can only be continued")
-    return cache.length
-
-
-def _valid(mask: Tensor | None, rows: int, past: int, tokens: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
-    if tuple(mask.shape) != (rows, past + tokens):
-        raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}; with {past} cached and {tokens} new tokens it has to be "
-            f"{(rows, past + tokens)}"
-        )
-    seen = mask.to(device) != 0
-    return None if bool(seen.all()) else seen
 
 
 def _unresized(table: nn.Embedding, wanted: int | None) -> nn.Embedding:
