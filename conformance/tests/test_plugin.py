@@ -299,6 +299,42 @@ def test_the_suite_and_the_requirement_files_cover_each_other():
     assert {item.level for item in numeric} >= {"vision", "prefill", "decode", "masks", "generation", "parallel"}
 
 
+OLD_LIBRARY = """
+class Old:
+    name, version, families = "old", "1.0", ("mllama",)
+
+    def resolve(self, name):
+        raise AttributeError(name)
+
+    def to_array(self, value):
+        return None
+
+    def from_array(self, array, dtype=None):
+        return array
+"""
+
+
+def test_a_family_that_a_library_does_not_have_is_not_applicable_and_one_that_it_has_is_judged(tmp_path, monkeypatch):
+    """A version from before a family is not wrong about it; one that says it has the family is held to it."""
+    (tmp_path / "old.py").write_text(OLD_LIBRARY)
+    (tmp_path / "old-1.0.dist-info").mkdir()
+    (tmp_path / "old-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
+    (tmp_path / "old-1.0.dist-info" / "entry_points.txt").write_text("[vlmqual.libraries]\nold = old:Old\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results = tmp_path / "results"
+    code = conformance("--target", f"{ZOO}:Mixed:library=old", "--level", "api", "--results", results)
+    rows = [row for file in results.glob("*library*.jsonl") for row in read(file).verdicts]
+    # Rows without a test are about requirements that no library can be held to here.
+    absent = [row for row in rows if row.family == "idefics3" and row.case.startswith("test_")]
+    assert absent, "the cases are counted, not left out"
+    assert {row.outcome for row in absent} == {Outcome.NOT_APPLICABLE}
+    assert {row.reason for row in absent} == {"old 1.0 has no classes of the family idefics3"}
+    judged = [row for row in rows if row.family == "mllama" and row.case.startswith("test_")]
+    assert Outcome.FAIL in {row.outcome for row in judged}
+    assert not [row.case for row in judged if "no classes of the family" in row.reason]
+    assert code == 1
+
+
 # keepers -----------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ class Shape:
 
 
 class ToyLibrary:
-    name, version = "toy", "3"
+    name, version, families = "toy", "3", ("mllama",)
 
     def resolve(self, name):
         return {"Shape": Shape}[name] if name == "Shape" else getattr(self, "no " + name)
@@ -60,11 +60,13 @@ def library():
     far_read, near_write = pipe()
     near, far = Channel(near_read, near_write), Channel(far_read, far_write)
 
+    about = {"name": "toy", "version": "3", "families": ["mllama"]}
+
     def request(body):
         def answer():
             message = far.receive()
             try:
-                far.send({"name": "toy", "version": "3"} if message["op"] == "library" else server.ask(message))
+                far.send(about if message["op"] == "library" else server.ask(message))
             except Exception as error:  # the caller waits for an answer and asserts on it
                 far.send({"error": repr(error)})
 

@@ -296,13 +296,16 @@ class Conductor:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Cases that cannot be tried on this target end here."""
-        if (info := self._info) is None:
-            return
+        """Cases that cannot be tried on this target or library end here."""
         case = item.stash[CASE]
-        if (family := self._first(case).family) not in info.families:
-            raise outcomes.NotApplicable(f"the target does not open models of the family {family}")
-        subjects.demand(info, catalogue.needs(case, self._requirements))
+        family = self._first(case).family
+        if isinstance(self._keeper, subjects.LibraryKeeper):
+            if family not in self._keeper.families:
+                raise outcomes.NotApplicable(f"{self._about()} has no classes of the family {family}")
+        elif (info := self._info) is not None:
+            if family not in info.families:
+                raise outcomes.NotApplicable(f"the target does not open models of the family {family}")
+            subjects.demand(info, catalogue.needs(case, self._requirements))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

@@ -134,6 +134,8 @@ class LibraryKeeper:
 
     Attributes:
         name: name of the library.
+        version: its version.
+        families: families whose classes it has.
         hung: cases in a row that ended because the library hung.
     """
 
@@ -144,6 +146,7 @@ class LibraryKeeper:
         self._limits = limits or Limits()
         self._process: LibraryProcess | None = None
         self.version = self.library().version
+        self.families = self.library().families
 
     def library(self) -> RemoteLibrary:
         """The library, started again when its process is gone.

@@ -99,6 +99,7 @@ class RemoteLibrary:
     Attributes:
         name: name of the library.
         version: its version.
+        families: `model_type`s whose classes it has.
         software: package names to versions.
     """
 
@@ -108,6 +109,7 @@ class RemoteLibrary:
         about = request({"op": "library"})
         self.name = str(about["name"])
         self.version = str(about["version"])
+        self.families: tuple[str, ...] = tuple(about["families"])
         self.software: dict[str, str] = about.get("software", {})
 
     def exists(self, name: str) -> bool:

@@ -213,10 +213,17 @@ class Target(Protocol):
 
 
 class Library(Protocol):
-    """A Python library as a subject: its documented classes, reached by plain-data calls in a worker."""
+    """A Python library as a subject: its documented classes, reached by plain-data calls in a worker.
+
+    Attributes:
+        name: name of the library.
+        version: its version.
+        families: `model_type`s whose documented classes this version has; requirements of others do not apply to it.
+    """
 
     name: str
     version: str
+    families: tuple[str, ...]
 
     def resolve(self, name: str) -> Any:
         """The object called `name` in the package root.

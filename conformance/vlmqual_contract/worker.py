@@ -246,7 +246,7 @@ class _Command:
                 server = Server(make_target(args.target, origins), None, {})
             else:
                 library = make_library(args.library, origins)
-                about = {"name": library.name, "version": library.version}
+                about = {"name": library.name, "version": library.version, "families": list(library.families)}
                 server = Server(None, LibraryServer(library), about)
         except (UsageError, Unsupported, ImportError) as error:
             channel.receive()

@@ -10,6 +10,9 @@ import numpy as np
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Array
 
+#: A class by which a version shows that it has the family.
+SIGNS = {"idefics3": "Idefics3Config", "mllama": "MllamaConfig"}
+
 
 class TransformersLibrary:
     """The contract's Library over the transformers package of this environment.
@@ -17,6 +20,7 @@ class TransformersLibrary:
     Attributes:
         name: "transformers".
         version: its version.
+        families: those that this version has.
     """
 
     name = "transformers"
@@ -33,6 +37,7 @@ class TransformersLibrary:
         except ImportError as error:
             raise UsageError(f"transformers cannot be imported ({error}); install vlmqual[impl]") from error
         self.version: str = self._package.__version__
+        self.families = tuple(family for family, sign in SIGNS.items() if hasattr(self._package, sign))
 
     def resolve(self, name: str) -> Any:
         """The object called `name` in the package root.

@@ -357,6 +357,7 @@ class BundledLibrary:
     """The package `vlmqual_impl` as a library subject."""
 
     name = "vlmqual_impl"
+    families = FAMILIES
 
     def __init__(self) -> None:
         self.version = _version("vlmqual")
