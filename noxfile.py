@@ -26,8 +26,10 @@ TRANSFORMERS = {
     "4.45.2": ["transformers==4.45.2", "tokenizers==0.20.3", "huggingface-hub==0.36.2"],
 }
 CURRENT = "5.23.0"
+# The last documented version with TensorFlow classes, what they run on, and the numpy that this was built for.
+TENSORFLOW = ["tensorflow-cpu==2.18.1", "tf-keras==2.18.0", "numpy==2.0.2", *TRANSFORMERS["4.46.3"]]
 # The documented version of each family, which makes its goldens.
-GOLD = {"idefics3": "4.46.3", "mllama": "4.45.2"}
+GOLD = {"idefics": "4.46.3", "idefics3": "4.46.3", "mllama": "4.45.2"}
 VERSIONS = [nox.param(version, id=version) for version in TRANSFORMERS]
 
 # The embedded default; the same in the other dtypes that are judged on a CPU, and with attention spelled out.
@@ -102,6 +104,20 @@ def conformance_transformers(session: nox.Session, transformers: str) -> None:
     install(session, "impl,conformance", transformers=transformers)
     arguments = with_default(session.posargs, "--target", ["--target", "transformers"])
     results = f"{RESULTS}/transformers-{transformers}"
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
+
+
+@nox.session
+def conformance_tf(session: nox.Session) -> None:
+    """Conformance of the TensorFlow classes of Idefics, and the unit tests of the adapter over them."""
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    lines = CONSTRAINTS.read_text("utf-8").splitlines()
+    constraints.write_text("\n".join(line for line in lines if not line.startswith("numpy==")), "utf-8")
+    session.install("-c", str(constraints), "-e", ".[conformance,tensorflow]", *TENSORFLOW)
+    session.run("pytest", "impl/tests/test_transformers_tf.py", env=OFFLINE)
+    arguments = with_default(session.posargs, "--target", ["--target", "transformers-tf"])
+    arguments = with_default(arguments, "--family", ["--family", "idefics"])
+    results = f"{RESULTS}/transformers-tf"
     vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
 
 

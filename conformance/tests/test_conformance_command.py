@@ -30,7 +30,6 @@ def one_sentence(text: str) -> str:
         (["--target", "nowhere.py:Toy"], "target file nowhere.py does not exist"),
         (["--target", "eager:dtype"], "'dtype' is no key=value"),
         (["--timeout", "0"], "--timeout 0 is no time"),
-        (["--family", "idefics"], "--family idefics: no requirements are installed for it"),
         (["--known", "nowhere.toml"], "nowhere.toml: cannot be read as a file of known failures"),
         (["--results", __file__], "is no folder"),
     ],

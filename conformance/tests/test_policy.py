@@ -133,6 +133,25 @@ def test_the_kept_states_of_mllama_come_after_all_layers_and_before_the_connecto
         judge.verdict()
 
 
+def test_blocks_of_idefics_stand_before_the_layers_of_their_numbers():
+    names = [
+        "vision.layers.2",
+        "resampler.blocks.0",
+        "resampler.blocks.1",
+        "features/perceiver_embeddings",
+        "text.embeddings",
+        "text.cross_layers.0",
+        "text.layers.0",
+        "text.layers.1",
+        "text.cross_layers.2",
+        "text.layers.2",
+        "text.cross_layers.10",
+        "text.layers.10",
+        "text.norm",
+    ]
+    assert sorted(sorted(names), key=policy.data_order) == names
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "reason"),
     [
@@ -220,7 +239,8 @@ def test_a_golden_knows_what_a_target_must_offer():
 def test_the_makers_of_goldens_are_in_the_manifest():
     assert goldens.makers("idefics3")["transformers"] == "4.46.3"
     assert goldens.makers("mllama")["transformers"] == "4.45.2"
-    assert goldens.makers("idefics") == {}
+    assert goldens.makers("idefics")["transformers"] == "4.46.3"
+    assert goldens.makers("another") == {}
 
 
 def test_a_gold_of_zeros_is_met_by_zeros_only():

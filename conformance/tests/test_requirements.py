@@ -104,7 +104,8 @@ def test_every_test_cites_requirements_that_exist(requirements):
 
 
 def test_requirements_of_a_library_have_a_test_that_takes_the_library(requirements):
-    reached = {"library", "idefics3", "mllama", "processor", "default"}  # the others are fixtures that take the first
+    # All but the first are fixtures that take the first.
+    reached = {"library", "idefics", "idefics3", "mllama", "tf", "processor", "default"}
     cited = {name for _, arguments, ids in marked() for name in ids if reached & arguments}
     assert {item.id for item in requirements.values() if item.subject == "library" and not item.untested} <= cited
 
@@ -120,9 +121,9 @@ def test_known_failures_of_the_library_name_tests_that_exist():
         assert entry.library == "transformers"
 
 
-def test_known_failures_on_the_numeric_levels_name_tests_that_exist():
+def test_known_failures_in_the_other_files_name_tests_that_exist():
     tests = [name for name, _, _ in marked()]
-    for file in ("transformers.toml", "mllama.toml"):
+    for file in ("transformers.toml", "mllama.toml", "mllama_library.toml", "idefics_library.toml"):
         for entry in load_known([PACKAGE / "known" / file]):
             pattern = entry.case.partition("[")[0]
             assert fnmatch.filter(tests, pattern), f"{file}: {entry.case} names no test"

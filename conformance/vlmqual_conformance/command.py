@@ -106,10 +106,6 @@ def _check(args: argparse.Namespace, targets: Sequence[str]) -> None:
         raise UsageError(f"--timeout {args.timeout:g} is no time; it has to be above 0 seconds")
     if args.results.exists() and not args.results.is_dir():
         raise UsageError(f"--results {args.results} is no folder")
-    have = {item.family for item in catalogue.requirements().values()}
-    if missing := sorted(set(args.family or ()) - have):
-        there = ", ".join(sorted(have))
-        raise UsageError(f"--family {missing[0]}: no requirements are installed for it; there are some for {there}")
     failures.load_known(args.known)
     fixtures.root()
 

@@ -21,16 +21,22 @@ from vlmqual_contract.target import Array, Capability, FloatArray, IntArray
 
 #: The tensors that prefill needs beside image features, by family; a case without images may lack the last of Mllama.
 TEXT: Mapping[str, tuple[str, ...]] = {
+    "idefics": ("input_ids", "attention_mask", "image_attention_mask"),
     "idefics3": ("input_ids", "attention_mask"),
     "mllama": ("input_ids", "attention_mask", "cross_attention_mask"),
 }
 #: The tensors that the vision model reads, by family.
 PIXELS: Mapping[str, tuple[str, ...]] = {
+    "idefics": ("pixel_values", "interpolate_pos_encoding"),
     "idefics3": ("pixel_values", "pixel_attention_mask"),
     "mllama": ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
 }
-#: What the image features are called, by family.
-FEATURES: Mapping[str, str] = {"idefics3": "image_hidden_states", "mllama": "cross_attention_states"}
+#: What the image features are called, by family; those of a resampler have a name of their own.
+FEATURES: Mapping[str, tuple[str, ...]] = {
+    "idefics": ("image_encoder_embeddings", "perceiver_embeddings"),
+    "idefics3": ("image_hidden_states",),
+    "mllama": ("cross_attention_states",),
+}
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,16 @@ class Golden:
         return meta
 
     @property
+    def checkpoint(self) -> str:
+        """Name of the fixture checkpoint that it belongs to."""
+        return str(self.meta["checkpoint"])
+
+    @property
     def text(self) -> dict[str, Array]:
         """The tensors that prefill needs beside image features, int64.
 
-        input_ids and attention_mask, (B, S) each; Mllama's cases with images have cross_attention_mask (B, S, N, T).
+        input_ids and attention_mask, (B, S) each; Mllama's cases with images have cross_attention_mask (B, S, N, T),
+        all of Idefics image_attention_mask (B, S, N).
         """
         return self._inputs(TEXT)
 
@@ -98,7 +110,8 @@ class Golden:
         """The tensors of the images; empty without images.
 
         Idefics3: pixel_values (B, N, 3, H, W) and pixel_attention_mask (B, N, H, W). Mllama: pixel_values
-        (B, N, T, 3, H, W), aspect_ratio_ids (B, N) and aspect_ratio_mask (B, N, T).
+        (B, N, T, 3, H, W), aspect_ratio_ids (B, N) and aspect_ratio_mask (B, N, T). Idefics: pixel_values
+        (B, N, 3, H, W), and interpolate_pos_encoding (1,) for images that are not of the model's size.
         """
         return self._inputs(PIXELS)
 
@@ -108,12 +121,16 @@ class Golden:
     @property
     def hidden(self) -> str:
         """Name of the image features among the arrays of the file."""
-        return f"features/{FEATURES[self.family]}"
+        found = [name for name in FEATURES[self.family] if f"features/{name}" in self.names]
+        return f"features/{found[0] if found else FEATURES[self.family][0]}"
 
     @property
     def features(self) -> dict[str, Array] | None:
-        """Gold image features to be injected: (F, L, D), Mllama's (B, N * T * L, D); None without images."""
-        return {FEATURES[self.family]: self.array(self.hidden)} if self.has_images else None
+        """Gold image features to be injected, None without images.
+
+        Idefics3: (F, L, D). Mllama: (B, N * T * L, D). Idefics: (B, N, L, D), always there.
+        """
+        return {self.hidden.removeprefix("features/"): self.array(self.hidden)} if self.has_images else None
 
     @property
     def mask(self) -> IntArray:

@@ -67,17 +67,18 @@ class Finding:
 
 def data_order(component: str) -> tuple[int, tuple[int, ...], str]:
     """Sort key that puts components in the order in which data passes them."""
-    stages = (
+    stages: tuple[str | tuple[str, ...], ...] = (
         "vision.embeddings",
         "vision.layers.",
         "vision.post_layernorm",
         "vision.layernorm_post",
         "vision.global_layers.",
         "vision.",
+        "resampler.blocks.",
         "connector",
         "features/",
         "text.embeddings",
-        "text.layers.",
+        ("text.cross_layers.", "text.layers."),  # by number, and of the same one the first stands first
         "text.",
         "prefill/",
         "decode/",

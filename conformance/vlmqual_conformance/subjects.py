@@ -1,8 +1,8 @@
 """The fixtures of the suite: the target or library under test, alive again after every crash.
 
-A target case takes `session` (the tiny checkpoint of its family, opened once and kept), `ranks` (the same over several
-ranks), `target`, `info`, `judge`; a library case takes `library`. None of them is ever in this process: see
-`vlmqual_contract.remote`.
+A target case takes `session` (the checkpoint of its golden, or the tiny one of its family, opened once and kept),
+`ranks` (the same over several ranks), `target`, `info`, `judge`; a library case takes `library`. None of them is ever
+in this process: see `vlmqual_contract.remote`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmqual_conformance.goldens import Golden
 from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import Judge
 from vlmqual_contract import fixtures
@@ -30,7 +31,8 @@ THREADS = 1
 PATIENCE = 5
 #: Ranks of the level parallel.
 RANKS = 2
-TINY = {"idefics3": "idefics3-tiny", "mllama": "mllama-tiny"}
+#: The checkpoint of cases that are about no golden of another.
+TINY = {"idefics": "idefics-tiny", "idefics3": "idefics3-tiny", "mllama": "mllama-tiny"}
 
 
 class TargetKeeper:
@@ -215,15 +217,25 @@ def info(keeper: TargetKeeper) -> Info:
 
 
 @pytest.fixture
-def session(request: pytest.FixtureRequest, keeper: TargetKeeper) -> RemoteSession:
-    """The tiny checkpoint of the case's family, opened in the target."""
-    return keeper.session(tiny(request.node.stash[FAMILY]), options_for(keeper.info))
+def model(request: pytest.FixtureRequest) -> Model:
+    """The checkpoint that the case's golden belongs to, or the tiny one of the case's family."""
+    family = request.node.stash[FAMILY]
+    golden = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    if isinstance(golden, Golden):
+        return Model(str(fixtures.checkpoint(golden.checkpoint)), family)
+    return tiny(family)
 
 
 @pytest.fixture
-def ranks(request: pytest.FixtureRequest, keeper: TargetKeeper) -> RemoteSession:
-    """The tiny checkpoint of the case's family, opened over `RANKS` ranks with one thread each."""
-    return keeper.ranks(RANKS, tiny(request.node.stash[FAMILY]), options_for(keeper.info, tp=RANKS))
+def session(model: Model, keeper: TargetKeeper) -> RemoteSession:
+    """The case's checkpoint, opened in the target."""
+    return keeper.session(model, options_for(keeper.info))
+
+
+@pytest.fixture
+def ranks(model: Model, keeper: TargetKeeper) -> RemoteSession:
+    """The case's checkpoint, opened over `RANKS` ranks with one thread each."""
+    return keeper.ranks(RANKS, model, options_for(keeper.info, tp=RANKS))
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from vlmqual_contract.errors import (
 from vlmqual_contract.subject import raised
 from vlmqual_contract.wire import Channel, Closed, Late
 
+#: Variables by which frameworks are told their number of compute threads.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 _LOG_TAIL = 2000
 _GRACE_S = 3.0
 _LOOK_S = 0.5
@@ -210,7 +212,7 @@ class Group:
                 }
                 environment = {key: str(value) for key, value in ranks.items()}
                 if threads is not None:
-                    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+                    environment |= dict.fromkeys(_THREADS, str(threads))
                 self._workers.append(Worker(arguments, python, environment))
         except BaseException:
             self.kill()

@@ -26,6 +26,9 @@ FloatArray = npt.NDArray[np.floating[Any]]
 #: pixel_values (B, N, 3, H, W) float32, pixel_attention_mask (B, N, H, W) int64, position_ids (B, S) int64.
 #: Mllama: pixel_values (B, N, T, 3, H, W) float32, aspect_ratio_ids (B, N), aspect_ratio_mask (B, N, T) and
 #: cross_attention_mask (B, S, N, T), all int64; the last belongs to the text and is an input of prefill.
+#: Idefics: image_attention_mask (B, S, N) int64 or bool, of the text and an input of prefill; a row without images has
+#: one slot of zeros that no token sees. interpolate_pos_encoding (1,) int64, 1 where pictures of another size than the
+#: configuration's are to be seen; an input of vision.
 Inputs = Mapping[str, Array]
 
 FAMILIES = ("idefics", "idefics3", "mllama")
@@ -125,14 +128,19 @@ class Features(Protocol):
         ...
 
     def arrays(self) -> Mapping[str, FloatArray]:
-        """Copy out. Idefics3: image_hidden_states (F, L, D). Mllama: cross_attention_states (B, N * T * L, D)."""
+        """Copy out. Idefics3: image_hidden_states (F, L, D). Mllama: cross_attention_states (B, N * T * L, D).
+
+        Idefics, E the width of the vision tower: image_encoder_embeddings (B, N, L, E), of models with a resampler
+        perceiver_embeddings (B, N, L, E).
+        """
         ...
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states by component name (Capability.TAPS): vision.embeddings, vision.layers.0, ..., connector.
 
         Mllama, (B * N, T, L, width) each: vision.embeddings, vision.layers.I, vision.layernorm_post,
-        vision.global_layers.I, vision.intermediate_states (interleaved), and connector (B, N * T * L, D).
+        vision.global_layers.I, vision.intermediate_states (interleaved), and connector (B, N * T * L, D). Idefics,
+        (B * N, L, E) each: vision.embeddings, vision.layers.I, and resampler.blocks.I where there is a resampler.
         """
         ...
 
@@ -157,8 +165,10 @@ class Step(Protocol):
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states by component name, (B, S, D): text.embeddings, text.layers.0, ..., text.norm.
 
-        A layer that is skipped has none. Mllama may add counters.cross_attention_kv: for each cross-attention layer how
-        often it computed keys and values of images since the prefill began.
+        A layer that is skipped has none. Idefics adds text.cross_layers.I, what leaves the gated cross-attention block
+        before layer I.
+        Idefics and Mllama may add counters.cross_attention_kv: for each layer or block with cross-attention how often
+        it computed keys and values of images since the prefill began.
         """
         ...
 

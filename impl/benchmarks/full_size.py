@@ -24,7 +24,7 @@ def materialize(model: nn.Module, dtype: torch.dtype, seed: int) -> int:
             value.normal_(0.0, 0.02, generator=generator)
             if isinstance(module, nn.LayerNorm) or type(module).__name__ == "RMSNorm":
                 value += 1.0 if name == "weight" else 0.0
-            if "gate" in name:  # a gate near 0 would hide what is behind it
+            if "gate" in name or name.startswith("alpha_"):  # a gate near 0 would hide what is behind it
                 value += GATE
             setattr(module, name, nn.Parameter(value, requires_grad=False))
             total += value.nbytes

@@ -60,6 +60,23 @@ def test_a_text_only_prompt_has_no_vision_phase(checkpoint: str, capsys: pytest.
     assert "prefill" in errors
 
 
+@pytest.mark.parametrize("name", ["idefics-tiny", "idefics-resampler-tiny"])
+def test_a_family_without_chat_template_gets_its_images_before_the_text(
+    name: str, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, question = str(fixtures.checkpoint(name)), "What is this?"
+    processor, model = AutoProcessor.from_pretrained(place), AutoModelForVision2Seq.from_pretrained(place)
+    inputs = processor(text=[read_image(photo), read_image(photo), question])
+    ids = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    two = ["--checkpoint", place, "--image", photo, "--image", photo, "--max-new-tokens", "4"]
+    for more in (["--prompt", question], ["--prompt", f"<image><image>{question}", "--raw-prompt"]):
+        assert run(*two, *more) == 0
+        out, errors = capsys.readouterr()
+        assert out == processor.decode(ids.tolist(), skip_special_tokens=True) + "\n"
+        assert f"{inputs['input_ids'].shape[1]} in the prompt" in errors
+    assert run("--checkpoint", place, "--prompt", "Hello", "--max-new-tokens", "2") == 0, "a text alone"
+
+
 def test_a_seed_makes_sampling_repeatable(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):

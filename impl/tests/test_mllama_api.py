@@ -169,7 +169,7 @@ def test_generation_is_what_repeated_forward_calls_give(model: MllamaForConditio
     ("changes", "words"),
     [
         ({"cross_attention_mask": torch.ones((2, 13, 2, 4))}, r"it has to be \(batch, 14 or 14, images, tiles\)"),
-        ({"cache_position": torch.arange(1, 15)}, "cache_position is .*; the cache makes it 0..14"),
+        ({"cache_position": torch.arange(1, 15)}, "cache_position is .*; the cache makes it 0 to 13"),
         ({"position_ids": torch.zeros((2, 3), dtype=torch.int64)}, r"position_ids is \(2, 3\); it has to be \(2, 14\)"),
         ({"attention_mask": torch.ones((2, 13))}, r"with 0 cached and 14 new tokens it has to be \(2, 14\)"),
         ({"past_key_values": ((1, 2),)}, "past_key_values is a tuple; only the cache that a model returned is taken"),

@@ -68,7 +68,7 @@ def test_the_target_is_found_by_name_and_says_what_it_is() -> None:
     assert (info.name, info.dtype, info.device, info.processes) == ("eager", "bfloat16", "cpu", "per-rank")
     assert info.library == "vlmqual_impl"
     assert info.capabilities == frozenset(Capability)
-    assert info.families == ("idefics3", "mllama")
+    assert info.families == ("idefics", "idefics3", "mllama")
     assert info.software["torch"]
 
 

@@ -28,13 +28,14 @@ class Case:
         name: of the file, without ending.
         title: what it shows, for the record.
         rows: for each row of the batch the text after the chat template and the names of its images.
-        longest_edge: of the enlarged image; None for the checkpoint's own.
+        longest_edge: of the enlarged image, Idefics's both edges; None for the checkpoint's own.
         split: whether images are split in tiles.
         side: side on which rows are padded.
         change: a change by hand to the processor's tensors.
         vision_taps: store hidden states of the vision tower.
         text_taps: store hidden states of the text model after the prefill.
         all_logits: store logits of every position.
+        checkpoint: whose model and processor; "" for the family's tiny one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     vision_taps: bool = True
     text_taps: bool = True
     all_logits: bool = False
+    checkpoint: str = ""
 
     def processor_options(self) -> dict[str, Any]:
         """Keyword arguments for the image processor."""

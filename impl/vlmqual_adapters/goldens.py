@@ -2,11 +2,12 @@
 
 `python -m vlmqual_adapters.goldens --family idefics3 --output fixtures` makes `goldens/idefics3/*.npz` and, with the
 pixel and prompt goldens, brings the manifest up to date; `--check` makes everything again and compares. The same for
-mllama, each family in an environment with its own documented version.
+idefics and mllama, each family in an environment with its own documented version.
 
 Names in a golden file (arrays; gold is float64 to 32 significant bits, positions of padding are 0):
 
-- `inputs/NAME`, `features/image_hidden_states` (F, L, D) or `features/cross_attention_states` (B, N * T * L, D)
+- `inputs/NAME`, `features/image_hidden_states` (F, L, D) or `features/cross_attention_states` (B, N * T * L, D) or
+  `features/image_encoder_embeddings`, with a resampler `features/perceiver_embeddings` (B, N, L, D)
 - `prefill/logits` (B, V), `prefill/all_logits` (B, S, V), `decode/tokens` (steps, B), `decode/logits` (steps, B, V)
 - `taps/vision/COMPONENT`, `taps/prefill/COMPONENT`
 - `noise/DTYPE/TENSOR`: worst error over the arms; `chain/logits` is `prefill/logits` of arms with their own features
@@ -27,17 +28,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vlmqual_adapters import cases as cases_idefics3
 from vlmqual_adapters import (
+    cases_idefics,
     cases_mllama,
     inventory,
     pixels,
     prompts,
+    prompts_idefics,
     prompts_mllama,
+    recipes_idefics,
     recipes_idefics3,
     recipes_mllama,
 )
@@ -51,12 +55,20 @@ from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
 from vlmqual_contract.target import Array, FloatArray, IntArray
 
 
+class Maker(Protocol):
+    """Turns cases into tensors."""
+
+    def tensors(self, case: Case) -> Tensors:
+        """The inputs of a case."""
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """What the maker needs of a family.
 
     Attributes:
-        checkpoint: the tiny one.
+        checkpoint: the tiny one, of cases that name no other.
         cases: of golden files.
         maker: turns cases into tensors; takes processor, image reader and folder of images.
         prompts: writes prompt goldens.
@@ -65,12 +77,13 @@ class Family:
 
     checkpoint: str
     cases: tuple[Case, ...]
-    maker: Callable[[Any, Any, Path], cases_idefics3.Maker | cases_mllama.Maker]
+    maker: Callable[[Any, Any, Path], Maker]
     prompts: Callable[[Path, Any, Ledger], None]
     buckets: bool
 
 
 FAMILIES: Mapping[str, Family] = {
+    "idefics": Family(recipes_idefics.TINY, cases_idefics.CASES, cases_idefics.Maker, prompts_idefics.make, False),
     "idefics3": Family(recipes_idefics3.TINY, cases_idefics3.CASES, cases_idefics3.Maker, prompts.make, True),
     "mllama": Family(recipes_mllama.TINY, cases_mllama.CASES, cases_mllama.Maker, prompts_mllama.make, False),
 }
@@ -124,7 +137,7 @@ def _by_position(name: str) -> bool:
     return name.startswith("taps/prefill/") or name == "prefill/all_logits"
 
 
-def make(case: Case, family: str, maker: cases_idefics3.Maker | cases_mllama.Maker, reference: Any) -> dict[str, Array]:
+def make(case: Case, family: str, maker: Maker, reference: Any) -> dict[str, Array]:
     """All arrays of one golden file.
 
     Args:
@@ -175,7 +188,7 @@ def make(case: Case, family: str, maker: cases_idefics3.Maker | cases_mllama.Mak
         "case": case.name,
         "title": case.title,
         "family": family,
-        "checkpoint": FAMILIES[family].checkpoint,
+        "checkpoint": case.checkpoint or FAMILIES[family].checkpoint,
         "rows": [{"text": text, "images": list(images)} for text, images in case.rows],
         "processor_options": case.processor_options(),
         "padding_side": case.side,
@@ -286,15 +299,20 @@ def _cases(chosen: argparse.Namespace, folder: Path) -> int:
     wanted = [case for case in family.cases if not chosen.case or case.name in chosen.case]
     if unknown := sorted({*(chosen.case or ())} - {*names}):
         raise UsageError(f"case {unknown[0]!r} is unknown; cases are {', '.join(names)}")
-    checkpoint = chosen.output / "checkpoints" / family.checkpoint
     load: Any = transformers.AutoProcessor.from_pretrained
-    processor = load(str(checkpoint), local_files_only=True)
-    maker = family.maker(processor, load_image, chosen.output / "images")
-    reference = Reference(checkpoint, chosen.family)
+    opened: dict[str, tuple[Maker, Reference]] = {}
+    for name in {case.checkpoint or family.checkpoint for case in wanted}:
+        checkpoint = chosen.output / "checkpoints" / name
+        processor = load(str(checkpoint), local_files_only=True)
+        opened[name] = (
+            family.maker(processor, load_image, chosen.output / "images"),
+            Reference(checkpoint, chosen.family),
+        )
     folder.mkdir(parents=True, exist_ok=True)
     wrong = 0
     for index, case in enumerate(wanted, 1):
         start = time.monotonic()
+        maker, reference = opened[case.checkpoint or family.checkpoint]
         made = make(case, chosen.family, maker, reference)
         path = folder / f"{case.name}.npz"
         if chosen.check:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 #: The documented version of each family, and the one that stands in where that one refuses or misreads an input.
-DOCUMENTED: Mapping[str, str] = {"idefics3": "4.46.3", "mllama": "4.45.2"}
+DOCUMENTED: Mapping[str, str] = {"idefics": "4.46.3", "idefics3": "4.46.3", "mllama": "4.45.2"}
 STAND_IN = "5.23.0"
 Entry = dict[str, Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmqual_adapters import recipes_idefics3, recipes_mllama
+from vlmqual_adapters import recipes_idefics, recipes_idefics3, recipes_mllama
 from vlmqual_adapters.ledger import Entry, Ledger
 from vlmqual_contract.target import Array
 
@@ -64,10 +64,22 @@ def mllama_entry(whole: Any, image: Any) -> Entry:
     }
 
 
+def idefics_entry(whole: Any, image: Any) -> Entry:
+    """What the image processor of Idefics makes of one image; the arguments as for Idefics3."""
+    made = whole.image_processor([image], return_tensors="np")
+    # 4.46.3 returns the array itself.
+    pixels = made if isinstance(made, np.ndarray) else made["pixel_values"]
+    return {"pixel_values": described(np.asarray(pixels, dtype=np.float32))}
+
+
+_RECIPES = {"idefics": recipes_idefics, "idefics3": recipes_idefics3, "mllama": recipes_mllama}
+
+
 def make(family: str, fixtures: Path, library: Any, ledger: Ledger) -> None:
     """Record the entries of every fixture image with the installed library."""
     load_image = __import__("transformers.image_utils", fromlist=["load_image"]).load_image
-    recipe = recipes_mllama if family == "mllama" else recipes_idefics3
+    recipe = _RECIPES[family]
+    put = {"idefics": _put_idefics, "idefics3": _put_idefics3, "mllama": _put_mllama}[family]
     for checkpoint in (recipe.TINY, recipe.RELEASED_GEOMETRY):
         whole = library.AutoProcessor.from_pretrained(str(fixtures / "checkpoints" / checkpoint), local_files_only=True)
         for path in sorted((fixtures / "images").glob("*.*")):
@@ -76,10 +88,18 @@ def make(family: str, fixtures: Path, library: Any, ledger: Ledger) -> None:
             with Image.open(path) as image:
                 image.load()
             read = load_image(str(path))
-            if family == "mllama":
-                _put_mllama(f"{path.name}|{checkpoint}", whole, read, image, ledger)
-            else:
-                _put_idefics3(f"{path.name}|{checkpoint}", whole, read, image, ledger)
+            put(f"{path.name}|{checkpoint}", whole, read, image, ledger)
+
+
+def _put_idefics(key: str, whole: Any, read: Image.Image, image: Image.Image, ledger: Ledger) -> None:
+    """Idefics converts to RGB before anything else, so other modes are no trouble."""
+    misread = read.height in (1, 3)
+    if misread and ledger.version == ledger.documented:
+        return
+    why = _MISREAD.format(ledger.documented) if misread else ""
+    ledger.put(f"{key}|path", idefics_entry(whole, read), why)
+    if image.mode != "RGB" or image.getexif().get(0x0112, 1) != 1:
+        ledger.put(f"{key}|pil", idefics_entry(whole, image), why)
 
 
 def _put_idefics3(key: str, whole: Any, read: Image.Image, image: Image.Image, ledger: Ledger) -> None:

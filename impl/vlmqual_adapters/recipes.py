@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlmqual_adapters import inventory, recipes_idefics3, recipes_mllama
+from vlmqual_adapters import inventory, recipes_idefics, recipes_idefics3, recipes_mllama
 from vlmqual_adapters.drawing import SEED, safetensors
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK
 
@@ -23,6 +23,12 @@ def checkpoints() -> dict[str, bytes]:
                 files[f"checkpoints/{name}/{file}"] = content
         weights = safetensors(recipe.tiny_weights(recipe.tiny_config()), {"format": "pt"})
         files[f"checkpoints/{recipe.TINY}/model.safetensors"] = weights
+    for name, idefics in recipes_idefics.CONFIGS.items():
+        for file, content in recipes_idefics.processor_files(idefics).items():
+            files[f"checkpoints/{name}/{file}"] = content
+        if name != recipes_idefics.RELEASED_GEOMETRY:
+            weights = safetensors(recipes_idefics.tiny_weights(idefics), {"format": "pt"})
+            files[f"checkpoints/{name}/model.safetensors"] = weights
     return files
 
 

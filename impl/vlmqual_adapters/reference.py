@@ -106,7 +106,7 @@ class Chunks(TorchFunctionMode):
             left, weight, bias = (*args, None, None)[:3]
             bias = named.get("bias", bias)
             return self._plus(self._sum(left, weight, -1, -1, functional.linear), bias)
-        if func in (torch.matmul, torch.Tensor.matmul):
+        if func in (torch.matmul, torch.Tensor.matmul, torch.bmm):
             return self._sum(args[0], args[1], -1, -2, torch.matmul)
         if func in (functional.conv2d, torch.conv2d):
             image, weight, bias, *rest = args
@@ -135,6 +135,27 @@ class Chunks(TorchFunctionMode):
     @staticmethod
     def _plus(total: Any, bias: Any) -> Any:
         return total if bias is None else total + bias
+
+
+class Unfused(TorchFunctionMode):
+    """Computes fused attention, the only one that Idefics has before 5.0, as product, softmax and product."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, in steps where it is fused attention."""
+        named = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **named)
+        query, key, value = args
+        scores = torch.matmul(query, key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+        if named.get("is_causal"):
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        if named.get("attn_mask") is not None:
+            scores = scores + named["attn_mask"]
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return torch.matmul(torch.softmax(scores, -1, dtype=wide).to(value.dtype), value)
 
 
 @dataclass(frozen=True)
@@ -183,7 +204,7 @@ class Reference:
             session = opened.__enter__()
             assert isinstance(session, TransformersSession)
             if lifted:
-                _lift_rotary(session.text_model)
+                (_lift_tables if self.family == "idefics" else _lift_rotary)(session.text_model)
             self._sessions[key] = session
         return self._sessions[key]
 
@@ -223,7 +244,20 @@ class Reference:
             if arm.parts:
                 count, order, wide = arm.parts
                 stack.enter_context(Chunks(count, order, wide=wide))
+            if self.family == "idefics" and arm.attention == "eager":
+                stack.enter_context(Unfused())
             yield self.session(dtype, arm.attention)
+
+
+def _lift_tables(text_model: Any) -> None:
+    """The same for Idefics, where every layer has a table of its own."""
+    for layer in text_model.layers:
+        rotary = layer.self_attn.rotary_emb
+        with Lift():
+            made = type(rotary)(rotary.dim, rotary.max_position_embeddings, rotary.base)
+        if made.cos_cached.dtype != torch.float64:
+            raise TypeError(f"a rotary table is {made.cos_cached.dtype}; the library's way to make it has changed")
+        layer.self_attn.rotary_emb = made
 
 
 def _lift_rotary(text_model: Any) -> None:

@@ -11,7 +11,7 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Array
 
 #: A class by which a version shows that it has the family.
-SIGNS = {"idefics3": "Idefics3Config", "mllama": "MllamaConfig"}
+SIGNS = {"idefics": "IdeficsConfig", "idefics3": "Idefics3Config", "mllama": "MllamaConfig"}
 
 
 class TransformersLibrary:

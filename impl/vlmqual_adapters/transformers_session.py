@@ -1,7 +1,7 @@
 """Sessions over a loaded transformers model: the phases of the contract, each by the library's own code.
 
-What depends on the family is in `transformers_idefics3` and `transformers_mllama`. Where versions of the library
-differ, its own signatures decide which way is taken.
+What depends on the family is in `transformers_idefics`, `transformers_idefics3` and `transformers_mllama`. Where
+versions of the library differ, its own signatures decide which way is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +111,7 @@ class TransformersSession(ABC):
         model: the library's model.
     """
 
-    features_name: ClassVar[str]
+    features_name: str
 
     def __init__(self, torch: Any, library: Any, model: Any, path: Path, options: Options) -> None:
         self.torch = torch
@@ -149,6 +149,21 @@ class TransformersSession(ABC):
         """An empty cache of the library."""
         return self._library.DynamicCache()
 
+    def text_points(self) -> dict[str, Any]:
+        """Modules whose outputs are taps of the text side, by component."""
+        text = self.text_model
+        return {f"text.layers.{index}": layer for index, layer in enumerate(text.layers)} | {"text.norm": text.norm}
+
+    def call_processor(self, processor: Any, prompts: Sequence[Prompt], images: list[list[Any]]) -> Mapping[str, Any]:
+        """The library's processor called with texts and the images that were read for them."""
+        made: Mapping[str, Any] = processor(
+            text=[prompt.text for prompt in prompts],
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+        )
+        return made
+
     def count_taps(self) -> dict[str, Any]:
         """Counters that belong to the taps of the step that was just made."""
         return {}
@@ -161,12 +176,7 @@ class TransformersSession(ABC):
             self._processor = self._library.AutoProcessor.from_pretrained(str(self._path), local_files_only=True)
         load_image = import_module("transformers.image_utils").load_image
         images = [[load_image(str(name)) for name in prompt.images] for prompt in prompts]
-        made = self._processor(
-            text=[prompt.text for prompt in prompts],
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-        )
+        made = self.call_processor(self._processor, prompts, images)
         return {str(name): np.asarray(value.numpy()) for name, value in made.items() if hasattr(value, "numpy")}
 
     def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
@@ -265,7 +275,6 @@ class TransformersSession(ABC):
             yield {}
             return
         text = self.text_model
-        points = {f"text.layers.{index}": layer for index, layer in enumerate(text.layers)} | {"text.norm": text.norm}
         taps: dict[str, Any] = {}
 
         def entering(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -276,7 +285,7 @@ class TransformersSession(ABC):
 
         handle = text.register_forward_pre_hook(entering, with_kwargs=True)
         try:
-            with watched(points) as outputs:
+            with watched(self.text_points()) as outputs:
                 yield taps
                 taps.update(outputs)
         finally:

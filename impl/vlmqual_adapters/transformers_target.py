@@ -1,6 +1,7 @@
 """The installed transformers as a target: its processors and models behind the contract, and nothing of ours between.
 
-Works with every version that has one of the families (Mllama: 4.45 and later, Idefics3: 4.46 and later, 5.x).
+Works with every version that has one of the families (Idefics and Mllama: 4.45 and later, Idefics3: 4.46
+and later, 5.x).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlmqual_adapters.transformers_idefics import IdeficsSession
 from vlmqual_adapters.transformers_idefics3 import Idefics3Session
 from vlmqual_adapters.transformers_mllama import MllamaSession
 from vlmqual_adapters.transformers_session import TransformersSession, synchronize
@@ -22,6 +24,7 @@ from vlmqual_contract.target import Capability, Info, Model, Options, Session
 
 #: Families to the library's class and our session over it.
 FAMILIES: Mapping[str, tuple[str, type[TransformersSession]]] = {
+    "idefics": ("IdeficsForVisionText2Text", IdeficsSession),
     "idefics3": ("Idefics3ForConditionalGeneration", Idefics3Session),
     "mllama": ("MllamaForConditionalGeneration", MllamaSession),
 }
@@ -74,7 +77,7 @@ class TransformersTarget:
             capabilities=_CAPABILITIES,
             families=families,
             library="transformers",
-            software=_software("transformers", "torch", "tokenizers", "safetensors", "pillow", "numpy"),
+            software=software("transformers", "torch", "tokenizers", "safetensors", "pillow", "numpy"),
         )
 
     def open(self, model: Model, options: Options) -> AbstractContextManager[Session]:
@@ -86,7 +89,7 @@ class TransformersTarget:
         """
         if options.tp != 1:
             raise Unsupported(f"tp {options.tp}: this target runs the model in one process on one device; 1 is valid")
-        path = _checkpoint(model, self.info.families)
+        path = checkpoint(model, self.info.families)
         kind, session = FAMILIES[model.family]
         loaded = self._load(path, kind)
         return _opened(session(self._torch, self._library, loaded, path, options))
@@ -149,8 +152,12 @@ def _opened(session: TransformersSession) -> Iterator[Session]:
     yield session
 
 
-def _checkpoint(model: Model, families: tuple[str, ...]) -> Path:
-    """The checkpoint directory, looked at before anything is loaded."""
+def checkpoint(model: Model, families: tuple[str, ...]) -> Path:
+    """The checkpoint directory, looked at before anything is loaded.
+
+    Raises:
+        UsageError: the family is none of `families`, or the directory holds no checkpoint of it with weights.
+    """
     if model.family not in families:
         raise UsageError(f"family {model.family!r} cannot be opened by this target; valid are {', '.join(families)}")
     path = Path(model.path)
@@ -176,7 +183,8 @@ def _device(torch: Any, name: str) -> Any:
     return device
 
 
-def _software(*packages: str) -> dict[str, str]:
+def software(*packages: str) -> dict[str, str]:
+    """Names of those packages that are installed, to their versions."""
     found = {}
     for package in packages:
         try:

@@ -126,7 +126,7 @@ def byte_level(special: Mapping[str, int], first: str | None) -> dict[str, Any]:
         "added_tokens": [{"id": index, "content": token, **flags()} for token, index in special.items()],
         "normalizer": None,
         "pre_tokenizer": pieces,
-        "post_processor": pieces if first is None else _beginning(first, special[first]),
+        "post_processor": pieces if first is None else beginning(first, special[first]),
         "decoder": pieces,
         "model": {
             "type": "BPE",
@@ -143,7 +143,8 @@ def byte_level(special: Mapping[str, int], first: str | None) -> dict[str, Any]:
     }
 
 
-def _beginning(token: str, index: int) -> dict[str, Any]:
+def beginning(token: str, index: int) -> dict[str, Any]:
+    """A post-processor of a `tokenizer.json` that puts a token before every text."""
     sequence_a = {"Sequence": {"id": "A", "type_id": 0}}
     sequence_b = {"Sequence": {"id": "B", "type_id": 1}}
     return {

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmqual_impl.api.auto import AutoConfig, AutoModelForVision2Seq, AutoProcessor
+    from vlmqual_impl.api.auto import AutoConfig, AutoImageProcessor, AutoModelForVision2Seq, AutoProcessor
+    from vlmqual_impl.api.idefics import IdeficsCausalLMOutputWithPast, IdeficsForVisionText2Text
     from vlmqual_impl.api.idefics3 import (
         Idefics3BaseModelOutputWithPast,
         Idefics3CausalLMOutputWithPast,
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
         Idefics3Model,
     )
     from vlmqual_impl.api.idefics3_processing import Idefics3ImageProcessor, Idefics3Processor
+    from vlmqual_impl.api.idefics_model import IdeficsBaseModelOutputWithPast, IdeficsModel
+    from vlmqual_impl.api.idefics_processing import IdeficsImageProcessor, IdeficsProcessor
     from vlmqual_impl.api.mllama import MllamaForConditionalGeneration
     from vlmqual_impl.api.mllama_processing import MllamaImageProcessor, MllamaProcessor
     from vlmqual_impl.api.mllama_text import MllamaForCausalLM, MllamaTextModel
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from vlmqual_impl.configs import (
         Idefics3Config,
         Idefics3VisionConfig,
+        IdeficsConfig,
+        IdeficsPerceiverConfig,
+        IdeficsVisionConfig,
         LlamaConfig,
         MllamaConfig,
         MllamaTextConfig,
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AutoConfig": "vlmqual_impl.api.auto",
+    "AutoImageProcessor": "vlmqual_impl.api.auto",
     "AutoModelForVision2Seq": "vlmqual_impl.api.auto",
     "AutoProcessor": "vlmqual_impl.api.auto",
     "BaseModelOutput": "vlmqual_impl.api.outputs",
@@ -45,6 +52,15 @@ _HOMES = {
     "Idefics3Model": "vlmqual_impl.api.idefics3",
     "Idefics3Processor": "vlmqual_impl.api.idefics3_processing",
     "Idefics3VisionConfig": "vlmqual_impl.configs",
+    "IdeficsBaseModelOutputWithPast": "vlmqual_impl.api.idefics_model",
+    "IdeficsCausalLMOutputWithPast": "vlmqual_impl.api.idefics",
+    "IdeficsConfig": "vlmqual_impl.configs",
+    "IdeficsForVisionText2Text": "vlmqual_impl.api.idefics",
+    "IdeficsImageProcessor": "vlmqual_impl.api.idefics_processing",
+    "IdeficsModel": "vlmqual_impl.api.idefics_model",
+    "IdeficsPerceiverConfig": "vlmqual_impl.configs",
+    "IdeficsProcessor": "vlmqual_impl.api.idefics_processing",
+    "IdeficsVisionConfig": "vlmqual_impl.configs",
     "LlamaConfig": "vlmqual_impl.configs",
     "MllamaConfig": "vlmqual_impl.configs",
     "MllamaForCausalLM": "vlmqual_impl.api.mllama_text",
@@ -62,6 +78,7 @@ _HOMES = {
 
 __all__ = [
     "AutoConfig",
+    "AutoImageProcessor",
     "AutoModelForVision2Seq",
     "AutoProcessor",
     "BaseModelOutput",
@@ -75,6 +92,15 @@ __all__ = [
     "Idefics3Model",
     "Idefics3Processor",
     "Idefics3VisionConfig",
+    "IdeficsBaseModelOutputWithPast",
+    "IdeficsCausalLMOutputWithPast",
+    "IdeficsConfig",
+    "IdeficsForVisionText2Text",
+    "IdeficsImageProcessor",
+    "IdeficsModel",
+    "IdeficsPerceiverConfig",
+    "IdeficsProcessor",
+    "IdeficsVisionConfig",
     "LlamaConfig",
     "MllamaConfig",
     "MllamaForCausalLM",

@@ -6,6 +6,7 @@ mask. Slots that were never written are never read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,24 +26,31 @@ class CrossCache:
     """Keys and values that cross-attention layers have computed from image features.
 
     Each layer computes them once for each image, when the features arrive; every later token reads them here. Images of
-    a later call are placed behind those of the earlier ones.
+    a later call are placed behind those of the earlier ones (`keep`), or in their place (`replace`).
 
     Attributes:
         computed: layer number to how often keys and values were computed (MLLAMA-DEC-005).
+        apart: the layers stand between the decoder's and are numbered on their own; they are then no part of what
+            `KeyValueCache` shows.
     """
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], *, apart: bool = False) -> None:
         self.computed = dict.fromkeys(layers, 0)
+        self.apart = apart
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store what a layer has computed, (B, kv heads, image tokens, head_dim) each; give back all there is."""
-        self.computed[layer] += 1
         if layer in self._pairs:
             old_keys, old_values = self._pairs[layer]
             keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
-        self._pairs[layer] = keys, values
+        self.replace(layer, keys, values)
         return keys, values
+
+    def replace(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store what a layer has computed in the place of what there was."""
+        self.computed[layer] += 1
+        self._pairs[layer] = keys, values
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._pairs
@@ -54,7 +62,38 @@ class CrossCache:
         return len(self._pairs)
 
 
-class KeyValueCache:
+class Slots(ABC):
+    """How full a cache is.
+
+    Attributes:
+        length: slots written so far.
+    """
+
+    length: int
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Slots that there are."""
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Rows."""
+
+    def require(self, tokens: int) -> None:
+        """Refuse more tokens than there are free slots.
+
+        Raises:
+            ValueError: says how many slots there are, are written and would be needed.
+        """
+        if self.length + tokens > self.max_length:
+            raise ValueError(
+                f"the cache has {self.max_length} positions, {self.length} are taken and {tokens} more do not fit"
+            )
+
+
+class KeyValueCache(Slots):
     """Keys and values of every layer.
 
     Indexing gives one layer's (keys, values), each (B, kv heads, length, head_dim): two tensors per layer, with as many
@@ -100,17 +139,6 @@ class KeyValueCache:
         """Rows."""
         return int(self._any.shape[0])
 
-    def require(self, tokens: int) -> None:
-        """Refuse more tokens than there are free slots.
-
-        Raises:
-            ValueError: says how many slots there are, are written and would be needed.
-        """
-        if self.length + tokens > self.max_length:
-            raise ValueError(
-                f"the cache has {self.max_length} positions, {self.length} are taken and {tokens} more do not fit"
-            )
-
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values after the written slots; give back all that is now stored.
 
@@ -147,10 +175,10 @@ class KeyValueCache:
         return [LayerView(keys, values) for keys, values in self]
 
     def __len__(self) -> int:
-        return len(self._keys) + (0 if self.cross is None else len(self.cross.computed))
+        return len(self._keys) + (0 if self.cross is None or self.cross.apart else len(self.cross.computed))
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        if self.cross is not None and layer in self.cross.computed:
+        if self.cross is not None and not self.cross.apart and layer in self.cross.computed:
             if layer in self.cross:
                 return self.cross[layer]
             nothing = self._any[:, :, :0]

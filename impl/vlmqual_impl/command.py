@@ -60,6 +60,7 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from vlmqual_impl.api.auto import AutoModelForVision2Seq, AutoProcessor
+    from vlmqual_impl.families import family
     from vlmqual_impl.generate import generate
     from vlmqual_impl.target import checked_device
 
@@ -76,7 +77,7 @@ def _generate(args: argparse.Namespace) -> int:
     generator = None if args.seed is None else torch.Generator(device=device).manual_seed(args.seed)
     start = clock()
     text = args.prompt if args.raw_prompt else _chat(processor, len(images), args.prompt)
-    batch = processor(images=[images] if images else None, text=[text], return_tensors="pt")
+    batch = processor(**family(model.config.model_type).prompted([text], [images]), return_tensors="pt")
     inputs = {key: value.to(device) for key, value in batch.items()}
     seconds["preprocess"] = clock() - start
     timed = _Timed(model.runtime())
@@ -94,6 +95,8 @@ def _read(files: list[str]) -> list[Any]:
 
 
 def _chat(processor: Any, images: int, question: str) -> str:
+    if not hasattr(processor, "apply_chat_template"):  # Idefics has none; its images come before the text
+        return "<image>" * images + question
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     message = {"role": "user", "content": content}
     return str(processor.apply_chat_template([message], add_generation_prompt=True))
@@ -135,6 +138,7 @@ class _Timed:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.dtype, self.device, self.merges = runtime.dtype, runtime.device, runtime.merges
+        self.vocabulary = runtime.vocabulary
         self.seconds: dict[str, float] = {}
         self.steps: list[float] = []
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from vlmqual_impl.configs import ConfigError, Idefics3Config, MllamaConfig, PretrainedConfig
-from vlmqual_impl.models import idefics3, mllama
+from vlmqual_impl.configs import ConfigError, Idefics3Config, IdeficsConfig, MllamaConfig, PretrainedConfig
+from vlmqual_impl.models import idefics, idefics3, mllama
 from vlmqual_impl.runtime.eager import EagerRuntime
+from vlmqual_impl.runtime.eager_idefics import IdeficsRuntime
 from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
 from vlmqual_impl.runtime.eager_mllama import MllamaRuntime
 from vlmqual_impl.weights import ties_head
@@ -27,7 +28,8 @@ class Family:
         rename: names of checkpoint tensors that differ, see `weights.wanted_name`.
         plan: what tensor parallelism cuts, see `tp`.
         divisible: counts that tensor parallelism has to divide.
-        features: documented name of image features.
+        features: documented name of the image features of a configuration.
+        prompted: the processor's arguments for texts with markers and their images.
         prepared: the configuration as the checkpoint's tensors want it.
         runtime: makes the runtime of a loaded model whose attention is computed in the named way.
     """
@@ -37,17 +39,33 @@ class Family:
     rename: Sequence[tuple[str, str | None]]
     plan: Sequence[tuple[str, str]]
     divisible: Callable[[Any], Iterator[tuple[str, str, int, str]]]
-    features: str
+    features: Callable[[Any], str]
+    prompted: Callable[[Sequence[str], Sequence[Sequence[Any]]], dict[str, Any]]
     prepared: Callable[[Any, Mapping[str, Any], Path], PretrainedConfig]
     runtime: Callable[[Any, str], EagerRuntime]
 
 
-def _tied(config: Idefics3Config, values: Mapping[str, Any], directory: Path) -> PretrainedConfig:
+def _beside(texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    return {"images": images if any(images) else None, "text": texts}
+
+
+def _between(texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    from vlmqual_impl.processors_idefics import items
+
+    return {"text": [items(text, pictures) for text, pictures in zip(texts, images, strict=True)]}
+
+
+def _tied(config: Idefics3Config | IdeficsConfig, values: Mapping[str, Any], directory: Path) -> PretrainedConfig:
     return config.replace(tie_word_embeddings=ties_head(values, directory))
 
 
 def _as_read(config: MllamaConfig, values: Mapping[str, Any], directory: Path) -> PretrainedConfig:
     return config
+
+
+def _idefics_runtime(network: idefics.Idefics, attention: str) -> EagerRuntime:
+    network.model.implementation = attention
+    return IdeficsRuntime(network)
 
 
 def _idefics3_runtime(network: idefics3.Idefics3, attention: str) -> EagerRuntime:
@@ -61,13 +79,25 @@ def _mllama_runtime(network: mllama.Mllama, attention: str) -> EagerRuntime:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "idefics": Family(
+        name="idefics",
+        network=idefics.Idefics,
+        rename=idefics.RENAME,
+        plan=idefics.PLAN,
+        divisible=idefics.divisible,
+        features=idefics.features_name,
+        prompted=_between,
+        prepared=_tied,
+        runtime=_idefics_runtime,
+    ),
     "idefics3": Family(
         name="idefics3",
         network=idefics3.Idefics3,
         rename=idefics3.RENAME,
         plan=idefics3.PLAN,
         divisible=idefics3.divisible,
-        features="image_hidden_states",
+        features=lambda config: "image_hidden_states",
+        prompted=_beside,
         prepared=_tied,
         runtime=_idefics3_runtime,
     ),
@@ -77,7 +107,8 @@ FAMILIES: Mapping[str, Family] = {
         rename=mllama.RENAME,
         plan=mllama.PLAN,
         divisible=mllama.divisible,
-        features="cross_attention_states",
+        features=lambda config: "cross_attention_states",
+        prompted=_beside,
         prepared=_as_read,
         runtime=_mllama_runtime,
     ),

@@ -303,15 +303,16 @@ def _uncached(runtime: Runtime, inputs: Mapping[str, Tensor], features: Tensor |
     mask = inputs.get("attention_mask")
     mask = torch.ones((rows, prompt), dtype=torch.int64) if mask is None else mask
     mask = mask.to(embeddings.device)
-    positions, cross = inputs.get("position_ids"), inputs.get("cross_attention_mask")
+    positions = inputs.get("position_ids")
+    over_images = {name: inputs[name] for name in ("cross_attention_mask", "image_attention_mask") if name in inputs}
     beside = None if runtime.merges else features
     while True:
         now: dict[str, Tensor] = {"inputs_embeds": embeddings, "attention_mask": mask}
         if positions is not None:
             now["position_ids"] = positions.to(embeddings.device)
-        if cross is not None:  # a new token sees what the one before it sees
-            more = cross[:, -1:].expand(-1, embeddings.shape[1] - cross.shape[1], -1, -1)
-            now["cross_attention_mask"] = torch.cat((cross, more), dim=1)
+        for name, seen in over_images.items():  # a new token sees what the one before it sees
+            more = seen[:, -1:].repeat_interleave(embeddings.shape[1] - prompt, dim=1)
+            now[name] = torch.cat((seen, more), dim=1)
         sequences = runtime.prefill(now, beside, max_length=embeddings.shape[1])
         tokens = yield sequences.logits
         embeddings = torch.cat((embeddings, runtime.embed({"input_ids": tokens[:, None]}, None)), dim=1)

@@ -96,6 +96,37 @@ def tokenizer(directory: Path) -> Any:
         raise ValueError(f"{directory}: the tokenizer cannot be read: {reason}") from error
 
 
+def llama_tokenizer(directory: Path) -> Any:
+    """The tokenizer that is saved in a directory as a `LlamaTokenizerFast`, whichever class wrote it.
+
+    So reads 4.46.3, which demands this class (IDEFICS-PROC-004). 5.x writes other names of classes, and its Llama class
+    takes only the vocabulary from `tokenizer.json` and makes the rest anew, so that it reads other ids from a file than
+    it wrote; here that file decides, under every version.
+
+    Raises:
+        ValueError: it is missing or cannot be read.
+    """
+    from tokenizers import Tokenizer
+    from transformers import LlamaTokenizerFast
+
+    path, core = directory / TOKENIZER_FILE, directory / "tokenizer.json"
+    for file in (path, core):
+        if not file.is_file():
+            raise ValueError(f"{directory}: no tokenizer is saved here; looked for {file.name}")
+    more = read_json(path).get("extra_special_tokens")  # what 5.x calls additional_special_tokens
+    try:
+        made = LlamaTokenizerFast.from_pretrained(directory)
+        if isinstance(more, list) and not getattr(made, "extra_special_tokens", None):
+            made.add_special_tokens({"additional_special_tokens": more})
+        written = Tokenizer.from_file(str(core))
+        for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
+            setattr(made.backend_tokenizer, part, getattr(written, part))
+    except Exception as error:  # the tokenizer library raises plain exceptions on damaged files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+    return made
+
+
 def save_tokenizer(tokenizer: Any, directory: Path) -> list[str]:
     """Write a tokenizer so that transformers before 5.0 reads it too; the paths written.
 

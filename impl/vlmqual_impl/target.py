@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
     from vlmqual_impl.configs import PretrainedConfig
     from vlmqual_impl.families import Family
-    from vlmqual_impl.runtime.base import Sequences
-    from vlmqual_impl.runtime.eager import EagerRuntime
+    from vlmqual_impl.runtime.base import Runtime, Sequences
 
-FAMILIES = ("idefics3", "mllama")
+FAMILIES = ("idefics", "idefics3", "mllama")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager")
 
@@ -62,16 +61,16 @@ class EagerTarget:
         """
         import torch
 
-        _one_of("dtype", dtype, DTYPES)
-        _one_of("attention", attention, ATTENTION)
+        one_of("dtype", dtype, DTYPES)
+        one_of("attention", attention, ATTENTION)
         self._device = checked_device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._attention = attention
-        self._threads = _threads(threads)
+        self._threads = thread_count(threads)
         name = f" {torch.cuda.get_device_name(self._device)}" if self._device.type == "cuda" else ""
         self.info = Info(
             name="eager",
-            version=_version("vlmqual"),
+            version=package_version("vlmqual"),
             device=f"{self._device}{name}",
             runtime=f"torch eager {torch.__version__}",
             dtype=dtype,
@@ -79,7 +78,7 @@ class EagerTarget:
             families=FAMILIES,
             processes="per-rank",
             library="vlmqual_impl",
-            software={key: _version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")}
+            software={key: package_version(key) for key in ("torch", "safetensors", "transformers", "pillow", "numpy")}
             | ({"cuda": str(torch.version.cuda)} if name else {}),
         )
 
@@ -96,7 +95,7 @@ class EagerTarget:
         from vlmqual_impl import tp
         from vlmqual_impl.weights import load
 
-        directory, values, config, family = self._checked(model, options)
+        directory, values, config, family = checked(model, options)
         if self._threads:
             torch.set_num_threads(self._threads)
         joined = False
@@ -115,7 +114,7 @@ class EagerTarget:
             except (ValueError, OSError) as error:
                 raise UsageError(str(error)) from error
             runtime = family.runtime(network.eval(), self._attention)
-            yield EagerSession(runtime, family.features, directory, options)
+            yield EagerSession(runtime, family, family.features(config), directory, options)
         finally:
             _leave(joined)
 
@@ -125,29 +124,7 @@ class EagerTarget:
         Raises:
             UsageError: unknown family, another family's checkpoint, or heads that do not divide by the ranks.
         """
-        self._checked(model, options)
-
-    def _checked(self, model: Model, options: Options) -> tuple[Path, dict[str, Any], PretrainedConfig, Family]:
-        from vlmqual_impl import families, tp
-        from vlmqual_impl.checkpoints import locate
-        from vlmqual_impl.configs import config_for, read_config
-
-        if model.family not in self.info.families:
-            raise UsageError(f"family {model.family!r} cannot be opened; known are {', '.join(self.info.families)}")
-        for name in ("tp", "max_length", "batch"):
-            if getattr(options, name) < 1:
-                raise UsageError(f"option {name} is {getattr(options, name)}; it has to be positive")
-        try:
-            family = families.family(model.family)
-            directory = locate(model.path)
-            values = read_config(directory)
-            config = config_for(values)
-            if config.model_type != family.name:
-                raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not {model.family!r}")
-            tp.check(family.divisible(config), options.tp)
-        except (ValueError, OSError) as error:
-            raise UsageError(str(error)) from error
-        return directory, values, config, family
+        checked(model, options)
 
     def _join(self, rank: int) -> torch.device:
         """Meet the other ranks; the device of this one."""
@@ -180,8 +157,8 @@ class EagerTarget:
         import torch
         import torch.distributed as dist
 
-        _one_of("dtype", dtype, DTYPES)
-        _one_of("probe", name, ("stream", "gemm", "all-reduce"))
+        one_of("dtype", dtype, DTYPES)
+        one_of("probe", name, ("stream", "gemm", "all-reduce"))
         if len(shape) != (3 if name == "gemm" else 1) or min(shape) < 1:
             raise UsageError(f"probe {name!r} takes {'(m, n, k)' if name == 'gemm' else '(n,)'}, got {shape}")
         if self._threads:
@@ -215,11 +192,41 @@ class EagerTarget:
         return best
 
 
+def checked(model: Model, options: Options) -> tuple[Path, dict[str, Any], PretrainedConfig, Family]:
+    """The directory, the content of its config.json, the configuration and the family of a checkpoint.
+
+    Raises:
+        UsageError: unknown family, another family's checkpoint, an option without sense, or heads that do not divide by
+            the ranks.
+    """
+    from vlmqual_impl import families, tp
+    from vlmqual_impl.checkpoints import locate
+    from vlmqual_impl.configs import config_for, read_config
+
+    if model.family not in FAMILIES:
+        raise UsageError(f"family {model.family!r} cannot be opened; known are {', '.join(FAMILIES)}")
+    for name in ("tp", "max_length", "batch"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"option {name} is {getattr(options, name)}; it has to be positive")
+    try:
+        family = families.family(model.family)
+        directory = locate(model.path)
+        values = read_config(directory)
+        config = config_for(values)
+        if config.model_type != family.name:
+            raise UsageError(f"{model.path} is a checkpoint of {config.model_type!r}, not {model.family!r}")
+        tp.check(family.divisible(config), options.tp)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return directory, values, config, family
+
+
 class EagerSession:
     """An opened model."""
 
-    def __init__(self, runtime: EagerRuntime, features: str, directory: Path, options: Options) -> None:
+    def __init__(self, runtime: Runtime, family: Family, features: str, directory: Path, options: Options) -> None:
         self._runtime = runtime
+        self._family = family
         self._features = features
         self._directory = directory
         self._options = options
@@ -245,8 +252,8 @@ class EagerSession:
             self._processor = AutoProcessor.from_pretrained(str(self._directory))
             self._processor.tokenizer.padding_side = "left"
         images = [[read_image(path) for path in prompt.images] for prompt in prompts]
-        texts = [prompt.text for prompt in prompts]
-        batch = self._processor(images=images if any(images) else None, text=texts, padding=True, return_tensors="np")
+        prompted = self._family.prompted([prompt.text for prompt in prompts], images)
+        batch = self._processor(**prompted, padding=True, return_tensors="np")
         return {key: np.asarray(value) for key, value in batch.items()}
 
     def vision(self, inputs: Inputs) -> Features:
@@ -283,7 +290,7 @@ class EagerSession:
         if tokens is None:
             chosen = step.greedy()
         else:
-            vocabulary = self._runtime.lm_head.out_features
+            vocabulary = self._runtime.vocabulary
             ids = np.asarray(tokens)
             if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
                 raise UsageError(f"forced tokens {ids.tolist()} leave the vocabulary 0 to {vocabulary - 1}")
@@ -309,7 +316,7 @@ class EagerFeatures:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def arrays(self) -> Mapping[str, FloatArray]:
-        """Idefics3: image_hidden_states (F, L, D). Mllama: cross_attention_states (B, K, D)."""
+        """The features under their documented name; see `vlmqual_contract.target.Features`."""
         return {self._name: widened(self.tensor)}
 
     def taps(self) -> Mapping[str, FloatArray]:
@@ -320,7 +327,7 @@ class EagerFeatures:
 class EagerStep:
     """Sequences on the device."""
 
-    def __init__(self, runtime: EagerRuntime, sequences: Sequences, whole: bool = False) -> None:
+    def __init__(self, runtime: Runtime, sequences: Sequences, whole: bool = False) -> None:
         self.sequences = sequences
         self._runtime = runtime
         self._whole = whole
@@ -360,7 +367,7 @@ class BundledLibrary:
     families = FAMILIES
 
     def __init__(self) -> None:
-        self.version = _version("vlmqual")
+        self.version = package_version("vlmqual")
 
     def resolve(self, name: str) -> Any:
         """The object called `name` in the package root.
@@ -419,12 +426,22 @@ def _leave(joined: bool) -> None:
         dist.destroy_process_group()
 
 
-def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
+def one_of(what: str, value: str, valid: Sequence[str]) -> None:
+    """Refuse a value that is not known.
+
+    Raises:
+        UsageError: names the valid ones.
+    """
     if value not in valid:
         raise UsageError(f"{what} {value!r} is not known; valid are {', '.join(valid)}")
 
 
-def _threads(value: str | int) -> int:
+def thread_count(value: str | int) -> int:
+    """Number of threads, 0 for "".
+
+    Raises:
+        UsageError: no positive number.
+    """
     if value == "":
         return 0
     try:
@@ -457,7 +474,8 @@ def checked_device(text: str) -> torch.device:
     return device
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of an installed package, "" where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

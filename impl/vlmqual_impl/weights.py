@@ -113,7 +113,7 @@ def load(
     """Fill a model on the meta device.
 
     Args:
-        model: its parameters are replaced; parameters that are one object stay one.
+        model: its parameters are replaced; parameters that are one object stay one, and frozen ones stay frozen.
         directory: holds model.safetensors, or shards with their index.
         rename: pattern and replacement of names that differ, None to skip a tensor.
         cuts: parts of tensors that this rank keeps.
@@ -161,7 +161,8 @@ def load(
             if target in tied:
                 held[target] = value
                 continue
-            parameter = nn.Parameter(value, requires_grad=True)
+            module, attribute = owners[target][0]
+            parameter = nn.Parameter(value, requires_grad=getattr(module, attribute).requires_grad)
             for module, attribute in owners[target]:
                 setattr(module, attribute, parameter)
     for alias, value in held.items():

@@ -47,3 +47,31 @@ def test_text_alone_has_no_image_tokens() -> None:
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     found = shape_of(scenario("mllama", 0), inputs, {"vision_config": {"image_size": 56, "patch_size": 14}})
     assert (found["images"], found["tiles"], found["image_tokens"], found["prompt_tokens"]) == (0, 0, 0, 3)
+
+
+def idefics(slots: int, seen: list[list[int]], size: int = 56) -> dict[str, np.ndarray]:
+    """Inputs of rows whose last tokens see these numbers of images."""
+    mask = np.zeros((len(seen), 5, slots), np.int64)
+    for row, images in enumerate(seen):
+        for image in images:
+            mask[row, 2:, image] = 1
+    ids = np.ones((len(seen), 5), np.int64)
+    pixels = np.zeros((len(seen), slots, 3, size, size), np.float32)
+    return {"input_ids": ids, "attention_mask": ids, "pixel_values": pixels, "image_attention_mask": mask}
+
+
+IDEFICS = {"use_resampler": False, "vision_config": {"image_size": 56, "patch_size": 14}}
+
+
+def test_every_slot_of_an_idefics_row_is_computed_and_read_and_slots_that_nothing_sees_are_padding() -> None:
+    found = shape_of(scenario("idefics", 2), idefics(3, [[0, 1], [0, 1, 2]]), IDEFICS)
+    assert (found["tiles"], found["padded_tiles"], found["image_tokens"]) == (3, 0, 3 * 17)
+    text = shape_of(scenario("idefics", 0), idefics(1, [[]]), IDEFICS)
+    assert (text["images"], text["tiles"], text["padded_tiles"], text["image_tokens"]) == (0, 0, 1, 17)
+
+
+def test_features_of_an_idefics_image_are_those_of_its_size_or_the_latents_of_the_resampler() -> None:
+    larger = shape_of(scenario("idefics", 1), idefics(1, [[0]], size=84), IDEFICS)
+    assert larger["image_tokens"] == 36 + 1
+    resampler = {**IDEFICS, "use_resampler": True, "perceiver_config": {"resampler_n_latents": 5}}
+    assert shape_of(scenario("idefics", 1), idefics(1, [[0]]), resampler)["image_tokens"] == 5

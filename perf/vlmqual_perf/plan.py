@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,17 +105,26 @@ def _image_sizes(inputs: Inputs, config: Mapping[str, object]) -> tuple[int, int
     if "aspect_ratio_ids" in inputs:  # Mllama: every place of every image is computed and read by cross-attention
         real = inputs["aspect_ratio_mask"] * (inputs["aspect_ratio_ids"] > 0)[..., None]
         slots = pixels.shape[1] * pixels.shape[2]
-        vision = config["vision_config"]
-        if not isinstance(vision, Mapping):
-            raise UsageError("config.json: vision_config is no JSON object")
-        return (
-            int(real.sum(axis=(1, 2)).max()),
-            slots,
-            slots * ((vision["image_size"] // vision["patch_size"]) ** 2 + 1),
-        )
+        vision = _part(config, "vision_config")
+        positions = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
+        return int(real.sum(axis=(1, 2)).max()), slots, slots * positions
+    if "image_attention_mask" in inputs:  # Idefics: every slot is computed and read by cross-attention
+        slots, size = pixels.shape[1], int(_part(config, "vision_config").get("patch_size", 14))
+        features = (pixels.shape[3] // size) * (pixels.shape[4] // size) + 1
+        if config.get("use_resampler"):
+            features = int(_part(config, "perceiver_config").get("resampler_n_latents", 64))
+        shown = inputs["image_attention_mask"].any(axis=1).sum(axis=1)  # a slot that no token sees is padding
+        return int(shown.max()), slots, slots * features
     tiles = int(np.any(pixels != 0, axis=(2, 3, 4)).sum(axis=1).max())
     tokens = inputs["input_ids"] == config.get("image_token_id")
     return tiles, tiles, int(tokens.sum(axis=1).max())  # Idefics3: frames of padding are dropped
+
+
+def _part(config: Mapping[str, object], name: str) -> Mapping[str, Any]:
+    part = config.get(name, {})
+    if not isinstance(part, Mapping):
+        raise UsageError(f"config.json: {name} is no JSON object")
+    return part
 
 
 def config_of(model: Model) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmqual_conformance.goldens import FEATURES, Golden, goldens
+from vlmqual_conformance.goldens import Golden, goldens
 from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import EXACT, FACTOR, BadAnswer, Judge
 from vlmqual_conformance.subjects import TargetKeeper, tiny
@@ -20,6 +20,8 @@ from vlmqual_contract.remote import RemoteFeatures, RemoteSession, RemoteStep
 from vlmqual_contract.target import Array, Capability, FloatArray, Info, IntArray
 
 Features = RemoteFeatures | Mapping[str, Array] | None
+#: Which tokens see which image slots: (B, S, N, T) of Mllama, (B, S, N) of Idefics.
+IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
 #: Ids below this are plain text in the tokenizers of the tiny checkpoints, so that they can stand for each other.
 PLAIN = 256
 
@@ -93,36 +95,43 @@ def steps_of(info: Info, steps: int = 4) -> int:
     return steps if Capability.FORCED_TOKENS in info.capabilities else 0
 
 
+def image_mask(golden: Golden) -> str:
+    """Name of the mask that says which tokens see which image slots, "" in families without one."""
+    return next((name for name in IMAGE_MASKS if name in golden.text), "")
+
+
 def alone(golden: Golden, row: int) -> dict[str, Array]:
-    """The text tensors of one row without its padding; Mllama's with the image slots that the row can see."""
+    """The text tensors of one row without its padding, and of image slots, where there are such, those that it sees."""
     real = golden.mask[row] != 0
     text = {name: array[row : row + 1, real] for name, array in golden.text.items()}
-    if "cross_attention_mask" in text:
-        text["cross_attention_mask"] = text["cross_attention_mask"][:, :, seen_slots(golden, row)]
+    if name := image_mask(golden):
+        text[name] = text[name][:, :, seen_slots(golden, row)]
     return {name: np.ascontiguousarray(array) for name, array in text.items()}
 
 
 def seen_slots(golden: Golden, row: int) -> IntArray:
-    """Image slots that some token of a row sees, by its cross_attention_mask.
+    """Image slots that some token of a row sees, by its mask over images.
 
-    A token whose mask is all 0 sees every slot, those of padding images included (MLLAMA-DECODER-009).
+    A token of Mllama whose mask is all 0 sees every slot, those of padding images included (MLLAMA-DECODER-009); one of
+    Idefics sees none (IDEFICS-CROSS-006), and a row of such tokens keeps its first slot, since it has to have one.
     """
-    dense = golden.text["cross_attention_mask"][row] != 0  # (S, N, T)
-    seen = dense.any(axis=2)[golden.mask[row] != 0]
-    unmasked = ~seen.any(axis=1, keepdims=True)
+    name = image_mask(golden)
+    dense = golden.text[name][row] != 0  # (S, N, T) or (S, N)
+    seen = dense.reshape(*dense.shape[:2], -1).any(axis=2)[golden.mask[row] != 0]
+    unmasked = ~seen.any(axis=1, keepdims=True) if name == "cross_attention_mask" else np.zeros((1, 1), np.bool_)
     found: IntArray = np.flatnonzero((seen | unmasked).any(axis=0))
-    return found
+    return found if len(found) else np.zeros(1, np.int64)
 
 
 def features_of(golden: Golden, row: int) -> dict[str, Array] | None:
-    """Gold features of one row, None for a row without images: its frames, or Mllama's image slots of `alone`."""
+    """Gold features of one row, None for a row without images: its frames, or the image slots of `alone`."""
     if golden.features is None:
         return None
-    if "cross_attention_mask" in golden.text:
-        slots = golden.text["cross_attention_mask"].shape[2]
-        hidden = golden.features[FEATURES[golden.family]][row : row + 1]
-        chosen = by_image(hidden, slots)[:, seen_slots(golden, row)]
-        return {FEATURES[golden.family]: np.ascontiguousarray(chosen.reshape(1, -1, hidden.shape[-1]))}
+    if name := image_mask(golden):
+        hidden = golden.array(golden.hidden)[row : row + 1]
+        chosen = by_image(hidden, golden.text[name].shape[2])[:, seen_slots(golden, row)]
+        shape = (1, -1, *hidden.shape[2:])
+        return {golden.hidden.removeprefix("features/"): np.ascontiguousarray(chosen.reshape(shape))}
     frames = golden.array("inputs/pixel_values").reshape(golden.rows, -1, *golden.pixels["pixel_values"].shape[2:])
     counts = [int(sum(bool(frame.any()) for frame in row_frames)) for row_frames in frames]
     start = sum(counts[:row])
@@ -132,17 +141,17 @@ def features_of(golden: Golden, row: int) -> dict[str, Array] | None:
 
 
 def by_image(hidden: FloatArray, slots: int) -> FloatArray:
-    """Row-batched features (B, N * T * L, D) as (B, N, T * L, D)."""
+    """Row-batched features, (B, N * T * L, D) or (B, N, L, D), as (B, N, T * L, D)."""
     return hidden.reshape(len(hidden), slots, -1, hidden.shape[-1])
 
 
 def padded_text(golden: Golden, side: str, count: int) -> dict[str, Array]:
-    """The text tensors with more positions of padding; on the right cross_attention_mask goes on as its last row."""
+    """The text tensors with more positions of padding; on the right a mask over images goes on as its last row."""
     made = {}
     for name, array in golden.text.items():
         width = [(0, 0)] * array.ndim
         width[1] = (count, 0) if side == "left" else (0, count)
-        like_the_last = side == "right" and name == "cross_attention_mask"
+        like_the_last = side == "right" and name in IMAGE_MASKS
         made[name] = np.pad(array, width, mode="edge" if like_the_last else "constant")
     return made
 
@@ -152,9 +161,8 @@ def longer_text(golden: Golden, count: int) -> dict[str, Array]:
     text = dict(golden.text)
     text["input_ids"] = np.concatenate([text["input_ids"], golden.tokens[:count].T], axis=1)
     text["attention_mask"] = np.ones_like(text["input_ids"])
-    if "cross_attention_mask" in text:  # MLLAMA-DEC-004
-        dense = text["cross_attention_mask"]
-        text["cross_attention_mask"] = np.concatenate([dense, np.repeat(dense[:, -1:], count, axis=1)], axis=1)
+    if name := image_mask(golden):  # MLLAMA-DEC-004, IDEFICS-DEC-002
+        text[name] = np.concatenate([text[name], np.repeat(text[name][:, -1:], count, axis=1)], axis=1)
     return text
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from vlmqual_conformance.marks import requirement
 from vlmqual_conformance.suite import idefics3_rules as rules
+from vlmqual_conformance.suite.image_server import served
 from vlmqual_conformance.suite.library_objects import (
     Idefics3Objects,
     array,
@@ -177,43 +172,12 @@ def test_pil_images_arrays_and_tensors_give_the_same(processor: Handle) -> None:
             np.testing.assert_array_equal(array(other, name), array(made[0], name), err_msg=name)
 
 
-@contextmanager
-def served(pixels: Any) -> Iterator[str]:
-    """Address of a PNG file on this machine."""
-    buffer = BytesIO()
-    PIL.Image.fromarray(pixels).save(buffer, "PNG")
-    body = buffer.getvalue()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "image/png")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/image.png"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @requirement("IDEFICS3-PROC-030")
 def test_addresses_are_taken_as_images(idefics3: Idefics3Objects, processor: Handle) -> None:
     pixels = picture(60, 80)
     for name in ("allow_urls", "allow_private_urls"):  # a library may want to be told first
         processor.set(name, True)
-    for name in ("NO_PROXY", "no_proxy"):
-        idefics3.library.call("os:environ.__setitem__", name, "127.0.0.1")
-    with served(pixels) as address:
+    with served(idefics3.library, pixels) as address:
         made = processor.call("", images=[address], text=f"{MARK}a", return_tensors="np")
     wanted = processor.call("", images=[Image(pixels)], text=f"{MARK}a", return_tensors="np")
     for name in ("input_ids", "pixel_values"):

@@ -122,7 +122,8 @@ class MllamaTextModel(MllamaText, PreTrainedModel):
         rows, tokens = x.shape[:2]
         images = self._images(cross_attention_states, cross_attention_mask, full_text_row_masked_out_mask, x)
         if cache_position is not None and cache_position.tolist() != list(range(past, past + tokens)):
-            raise ValueError(f"cache_position is {cache_position.tolist()}; the cache makes it {past}..{past + tokens}")
+            wanted = f"{past} to {past + tokens - 1}"
+            raise ValueError(f"cache_position is {cache_position.tolist()}; the cache makes it {wanted}")
         positions = rotary_positions(position_ids, rows, past, tokens, x.device)
         valid = real_slots(attention_mask, rows, past, tokens, x.device)
         cache = with_room(past_key_values, rows, tokens)

@@ -213,7 +213,7 @@ class PreTrainedModel(nn.Module):
         new = torch.empty((rows, old.shape[1]), dtype=old.dtype, device=old.device).normal_(0.0, deviation)
         kept = min(rows, old.shape[0])
         new[:kept] = old[:kept]
-        return nn.Parameter(new)
+        return nn.Parameter(new, requires_grad=old.requires_grad)
 
     # ----------------------------------------------------------------------------------------------- generation
 

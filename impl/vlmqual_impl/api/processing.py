@@ -44,7 +44,9 @@ class SavedOptions:
     def to_dict(self) -> dict[str, Any]:
         """Options as they are written to a file."""
         options = {name: getattr(self, name) for name in (*self.OPTIONS, *self._more)}
-        return {**options, "resample": int(options["resample"]), "image_processor_type": type(self).__name__}
+        if "resample" in options:
+            options["resample"] = int(options["resample"])
+        return {**options, "image_processor_type": type(self).__name__}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **kwargs: Any) -> Self:
@@ -98,7 +100,7 @@ def check_numbers(chosen: Mapping[str, Any]) -> None:
 
 
 def sorted_options(
-    name: str, image_call: Sequence[str], kwargs: dict[str, Any]
+    name: str, image_call: Sequence[str], kwargs: dict[str, Any], text_call: Sequence[str] = TEXT_CALL
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Options of the image processor, of the tokenizer, and the framework.
 
@@ -106,6 +108,7 @@ def sorted_options(
         name: of the processor, for messages.
         image_call: options of a call of its image processor.
         kwargs: of the processor's call: options by name, and mappings `images_kwargs`, `text_kwargs`, `common_kwargs`.
+        text_call: options of a call of its tokenizer.
 
     Raises:
         TypeError: an unknown option.
@@ -118,12 +121,12 @@ def sorted_options(
     framework = image_options.pop("return_tensors", text_options.pop("return_tensors", framework))
     flat = {**common, **kwargs}
     image_options |= {key: value for key, value in flat.items() if key in image_call}
-    text_options |= {key: value for key, value in flat.items() if key in TEXT_CALL}
-    both = (*image_call, *TEXT_CALL)
+    text_options |= {key: value for key, value in flat.items() if key in text_call}
+    both = (*image_call, *text_call)
     for place, keys, known in (
         ("", flat, (*both, "return_tensors")),
         (" in images_kwargs", image_options, image_call),
-        (" in text_kwargs", text_options, TEXT_CALL),
+        (" in text_kwargs", text_options, text_call),
     ):
         for key in keys:
             if key not in known:

@@ -17,6 +17,7 @@ from vlmqual_impl.configs.base import (
     read_config,
     read_json,
 )
+from vlmqual_impl.configs.idefics import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
 from vlmqual_impl.configs.idefics3 import Idefics3Config, Idefics3VisionConfig
 from vlmqual_impl.configs.llama import LlamaConfig
 from vlmqual_impl.configs.mllama import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
@@ -28,6 +29,9 @@ __all__ = [
     "ConfigError",
     "Idefics3Config",
     "Idefics3VisionConfig",
+    "IdeficsConfig",
+    "IdeficsPerceiverConfig",
+    "IdeficsVisionConfig",
     "LlamaConfig",
     "MllamaConfig",
     "MllamaTextConfig",
@@ -38,7 +42,11 @@ __all__ = [
     "read_json",
 ]
 
-CONFIGS: Mapping[str, type[PretrainedConfig]] = {"idefics3": Idefics3Config, "mllama": MllamaConfig}
+CONFIGS: Mapping[str, type[PretrainedConfig]] = {
+    "idefics": IdeficsConfig,
+    "idefics3": Idefics3Config,
+    "mllama": MllamaConfig,
+}
 
 
 def config_for(values: Mapping[str, Any]) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from vlmqual_impl.checkpoints import locate
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "selu", "silu")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 # Keys that the reference writes into every config.json and that no model of ours reads: generation settings of old,

@@ -68,16 +68,17 @@ class VisionEmbeddings(nn.Module):
         )
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor, patch_mask: Tensor) -> Tensor:
-        """(F, 3, h, w) and (F, rows, columns) to (F, P, D)."""
-        frames, channels = pixel_values.shape[:2]
-        size, (rows, columns) = self.patch_size, patch_mask.shape[1:]
+    def forward(self, pixel_values: Tensor, ids: Tensor) -> Tensor:
+        """(F, 3, h, w) and rows of the position table (F, P) to (F, P, D)."""
+        frames, channels, height, width = pixel_values.shape
+        size = self.patch_size
+        rows, columns = height // size, width // size
         # The convolution's stride is its kernel, so it is one product over patches laid out as (channel, y, x).
         patches = pixel_values[:, :, : rows * size, : columns * size]
         patches = patches.reshape(frames, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
         kernel = self.patch_embedding.weight.flatten(1)
         vectors = F.linear(patches.reshape(frames, rows * columns, -1), kernel, self.patch_embedding.bias)
-        placed: Tensor = vectors + self.position_embedding(position_ids(patch_mask, self.side))
+        placed: Tensor = vectors + self.position_embedding(ids)
         return placed
 
 
@@ -159,6 +160,11 @@ class Idefics3VisionTransformer(nn.Module):
         Returns:
             (F, P, D); masked patches are computed too, but no patch attends to them (IDEFICS3-MODEL-019).
         """
+        ids, bias = self.places(pixel_values, patch_attention_mask)
+        return self.placed(pixel_values, ids, bias, implementation, taps)
+
+    def places(self, pixel_values: Tensor, patch_attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the position table (F, P), and what hides masked patches (F, 1, 1, P), None where there are none."""
         if patch_attention_mask is None:
             size = self.embeddings.patch_size
             shape = (pixel_values.shape[0], pixel_values.shape[2] // size, pixel_values.shape[3] // size)
@@ -166,7 +172,13 @@ class Idefics3VisionTransformer(nn.Module):
         bias = None
         if not bool(patch_attention_mask.all()):
             bias = hidden_bias(patch_attention_mask.flatten(1)[:, None, None, :], pixel_values)
-        x = self.embeddings(pixel_values, patch_attention_mask)
+        return position_ids(patch_attention_mask, self.embeddings.side), bias
+
+    def placed(
+        self, pixel_values: Tensor, ids: Tensor, bias: Tensor | None, implementation: str, taps: Taps | None = None
+    ) -> Tensor:
+        """Frames (F, 3, h, w) whose patches have known places to patch features (F, P, D); see `places`."""
+        x = self.embeddings(pixel_values, ids)
         tap(taps, "vision.embeddings", x)
         for index, layer in enumerate(self.encoder.layers):
             x = layer(x, bias, implementation)
@@ -278,11 +290,24 @@ def encode_images(
     Raises:
         ValueError: a shape is not the documented one, or the patches of a frame do not fold by the scale factor.
     """
-    vision = trunk.config.vision_config
     weight = trunk.connector.modality_projection.proj.weight
-    frames, patch_mask = real_frames(
-        pixel_values.to(weight.device), _on(pixel_attention_mask, weight), vision.patch_size
-    )
+    frames, patch_mask = checked_frames(trunk, pixel_values.to(weight.device), _on(pixel_attention_mask, weight))
+    x = trunk.vision_model(frames.to(weight.dtype), patch_mask, implementation=trunk.implementation, taps=taps)
+    features: Tensor = trunk.connector(x)
+    tap(taps, "connector", features)
+    return features
+
+
+def checked_frames(
+    trunk: Idefics3Trunk, pixel_values: Tensor, pixel_attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`real_frames` for this model.
+
+    Raises:
+        ValueError: a shape is not the documented one, or the patches of a frame do not fold by the scale factor.
+    """
+    vision = trunk.config.vision_config
+    frames, patch_mask = real_frames(pixel_values, pixel_attention_mask, vision.patch_size)
     rows, columns = frames.shape[2] // vision.patch_size, frames.shape[3] // vision.patch_size
     if frames.shape[1] != vision.num_channels:
         raise ValueError(f"pixel_values has {frames.shape[1]} channels; the vision tower takes {vision.num_channels}")
@@ -293,10 +318,7 @@ def encode_images(
         )
     if not len(frames):
         raise ValueError("pixel_values holds padding frames only: every value is 0")
-    x = trunk.vision_model(frames.to(weight.dtype), patch_mask, implementation=trunk.implementation, taps=taps)
-    features: Tensor = trunk.connector(x)
-    tap(taps, "connector", features)
-    return features
+    return frames, patch_mask
 
 
 def merge(embeddings: Tensor, image_positions: Tensor, features: Tensor) -> Tensor:

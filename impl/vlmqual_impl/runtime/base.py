@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmqual_impl.cache import KeyValueCache
+from vlmqual_impl.cache import Slots
 
 
 class Sequences:
@@ -35,7 +35,7 @@ class Sequences:
         logits: Tensor,
         positions: Tensor,
         valid: Tensor | None,
-        cache: KeyValueCache,
+        cache: Slots,
         taps: Mapping[str, Tensor],
         later: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -77,8 +77,15 @@ class Runtime(Protocol):
         """True when image features become part of the embeddings; False when they stay beside them."""
         ...
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that can be chosen."""
+        ...
+
     def encode(self, inputs: Mapping[str, Tensor], taps: dict[str, Tensor] | None = None) -> Tensor:
-        """Image features of `pixel_values` and what belongs to them: Idefics3 (F, L, D), Mllama (B, K, D)."""
+        """Image features of `pixel_values` and what belongs to them: Idefics3 (F, L, D), Mllama (B, K, D), Idefics
+        (B, N, L, E).
+        """
         ...
 
     def embed(self, inputs: Mapping[str, Tensor], features: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Models as torch executes them operation by operation: what all families share of prefill and decode.
 
-The families' own parts are in `eager_idefics3` and `eager_mllama`.
+The families' own parts are in `eager_idefics`, `eager_idefics3` and `eager_mllama`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,16 @@ class EagerRuntime(ABC):
     # ------------------------------------------------------------------------------------------------ of all families
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that can be chosen."""
+        return self.lm_head.out_features
+
+    @property
+    def ids(self) -> int:
+        """Ids that can be read."""
+        return self.table.num_embeddings
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and activations."""
         return self.lm_head.weight.dtype
@@ -98,7 +108,7 @@ class EagerRuntime(ABC):
         ids = inputs.get("input_ids")
         if ids is not None:
             ids = ids.to(self.device)
-            check_ids(ids, self.table.num_embeddings)
+            check_ids(ids, self.ids)
         embeddings = inputs.get("inputs_embeds")
         if embeddings is not None:
             x = embeddings.to(device=self.device, dtype=self.dtype)
@@ -122,8 +132,9 @@ class EagerRuntime(ABC):
         Args:
             inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, D); optionally `attention_mask` (B, S) and
                 `position_ids` (B, S), which default to all real and to every row's own count; `pixel_values` runs
-                through vision when no features are given; Mllama: `cross_attention_mask` (B, S, N, T).
-            features: image features, Idefics3 (F, L, D), Mllama (B, K, D).
+                through vision when no features are given; Mllama: `cross_attention_mask` (B, S, N, T);
+                Idefics: `image_attention_mask` (B, S, N).
+            features: image features, Idefics3 (F, L, D), Mllama (B, K, D), Idefics (B, N, L, E of the tower).
             max_length: cache slots.
             taps: keep hidden states by component.
 
@@ -177,6 +188,8 @@ class EagerRuntime(ABC):
         sequences.cache.require(1)
         kept: dict[str, Tensor] | None = {} if taps else None
         cache, valid, later = sequences.cache, sequences.valid, sequences.later
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"these sequences belong to another runtime; their cache is a {type(cache).__name__}")
         hidden = self.step(tokens.to(self.device)[:, None], sequences.positions[:, None], valid, cache, later, kept)
         return Sequences(
             hidden=hidden,
