@@ -103,14 +103,14 @@ def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
             chosen = [row for row in verdicts if row.level == level and (not several or row.family == family)]
             groups.append((f"{family} {level}".strip(), chosen))
     wide = 21 if several else 12
-    lines = ["  " + f"{'level':<{wide}}" + "".join(f"{word:>9}" for _, word in _COLUMNS) + f"{'worst':>9}"]
+    lines = ["  " + f"{'level':<{wide}}" + "".join(f"{word:>9}" for _, word in _COLUMNS) + f"{'worst':>10}"]
     for name, rows in groups:
         if not rows:
             continue
         counts = Counter(row.outcome for row in rows)
         cells = "".join(f"{counts[outcome] or '-':>9}" for outcome, _ in _COLUMNS)
         ratios = [row.worst for row in rows if row.worst is not None]
-        lines.append(f"  {name:<{wide}}{cells}{f'{max(ratios):.2f}' if ratios else '':>9}")
+        lines.append(f"  {name:<{wide}}{cells}{_ratio(max(ratios)) if ratios else '':>10}")
     bad = [row for row in verdicts if row.outcome in (Outcome.FAIL, Outcome.ERROR)]
     for row in bad[:_SHOWN]:
         case = f"{row.outcome.upper():<6}{row.case}"
@@ -119,3 +119,7 @@ def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more; the results file has all")
     return "\n".join(lines)
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.1e}"

@@ -359,20 +359,3 @@ def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="directory"):
         image_files.read_image(tmp_path)
     assert issubclass(ImageError, ValueError)
-
-
-def test_only_names_are_opened() -> None:
-    image = Image.new("RGB", (2, 2))
-    assert image_files.opened(image) is image
-
-
-# addresses (what is fetched and what is refused: test_image_urls) ----------------------------------------------------
-
-
-def test_an_address_is_refused_unless_asked_for() -> None:
-    with pytest.raises(ImageError, match="only with allow_urls=True"):
-        image_files.opened("http://127.0.0.1:9/image")
-    with pytest.raises(ImageError, match=r"127\.0\.0\.1 is not a public address"):
-        image_files.opened("http://127.0.0.1:9/image", allow_urls=True)
-    with pytest.raises(ImageError, match="refused"):
-        image_files.opened("http://127.0.0.1:9/image", allow_urls=True, allow_private=True)

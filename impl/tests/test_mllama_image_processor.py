@@ -349,7 +349,7 @@ def test_wrong_options_are_named_when_constructed_and_when_called(options: dict[
         ({"images": [[], []]}, "no image in any sample"),
         ({"images": [[noise_image(2, 2)], noise_image(2, 2)]}, "images must be an image, a list of images"),
         ({"images": "none.png"}, "image file none.png does not exist"),
-        ({"images": "https://example.org/a.png"}, "only with allow_urls=True"),
+        ({"images": "https://example.org/a.png"}, "only with fetch=True"),
     ],
 )
 def test_wrong_calls_are_named(call: dict[str, Any], message: str) -> None:

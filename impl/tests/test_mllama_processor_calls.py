@@ -191,7 +191,7 @@ def test_images_may_be_addresses_for_those_who_ask() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Served) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.png"
-        made = processor(images=url, text=IMAGE, allow_urls=True, allow_private_urls=True, return_tensors="np")
+        made = processor(images=url, text=IMAGE, fetch={"private": True}, return_tensors="np")
         server.shutdown()
     assert_same(made, processor(images=WIDE, text=IMAGE, return_tensors="np"), "address")
 
@@ -252,8 +252,8 @@ def test_golden_prompts_give_the_golden_tensors() -> None:
             r"\[1, 0\] image tokens",
         ),
         ({"text": IMAGE, "images": "none.png"}, "image file none.png does not exist"),
-        ({"text": IMAGE, "images": "https://example.org/a.png"}, "only with allow_urls=True"),
-        ({"text": IMAGE, "images": "http://127.0.0.1/a.png", "allow_urls": True}, "not a public address"),
+        ({"text": IMAGE, "images": "https://example.org/a.png"}, "only with fetch=True"),
+        ({"text": IMAGE, "images": "http://127.0.0.1/a.png", "fetch": True}, "not a public address"),
         ({"text": IMAGE, "images": SMALL, "do_pad": False}, "do_pad is False"),
     ],
 )

@@ -13,6 +13,7 @@ from processor_objects import assert_same, noise_image
 
 from vlmqual_contract import fixtures
 from vlmqual_impl.api.mllama_processing import MllamaImageProcessor, MllamaProcessor
+from vlmqual_impl.image_urls import ImageFetch
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hello."}]}]
 
@@ -68,10 +69,10 @@ def test_both_layouts_of_files_are_read(tmp_path: Path) -> None:
 def test_keywords_override_the_files(tmp_path: Path) -> None:
     small_processor().save_pretrained(tmp_path)
     loaded = MllamaProcessor.from_pretrained(
-        tmp_path, max_image_tiles=2, chat_template="mine", allow_urls=True, trust_remote_code=False
+        tmp_path, max_image_tiles=2, chat_template="mine", fetch=True, trust_remote_code=False
     )
     assert (loaded.image_processor.max_image_tiles, loaded.chat_template) == (2, "mine")
-    assert (loaded.allow_urls, loaded.allow_private_urls) == (True, False)
+    assert loaded.fetch == ImageFetch()
     with pytest.raises(TypeError, match="MllamaImageProcessor does not know tiles; it knows do_convert_rgb"):
         MllamaProcessor.from_pretrained(tmp_path, tiles=2)
     with pytest.raises(ValueError, match="max_image_tiles is 0"):

@@ -223,8 +223,8 @@ def test_changing_the_image_processor_afterwards_takes_effect() -> None:
         ({"text": "a", "return_tensors": "jax"}, "return_tensors 'jax' is not available"),
         ({"text": IMAGE, "images": noise_image(2, 2), "image_seq_len": 0}, "image_seq_len is 0"),
         ({"text": IMAGE, "images": "none.png"}, "image file none.png does not exist"),
-        ({"text": IMAGE, "images": "https://example.org/a.png"}, "only with allow_urls=True"),
-        ({"text": IMAGE, "images": "http://127.0.0.1/a.png", "allow_urls": True}, "not a public address"),
+        ({"text": IMAGE, "images": "https://example.org/a.png"}, "only with fetch=True"),
+        ({"text": IMAGE, "images": "http://127.0.0.1/a.png", "fetch": True}, "not a public address"),
     ],
 )
 def test_wrong_calls_are_named(call: dict[str, Any], message: str) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class ImageError(ValueError):
@@ -26,39 +23,6 @@ def read_image(path: str | Path) -> Image.Image:
     if not Path(path).exists():
         raise ImageError(f"image file {path} does not exist")
     return decoded(path, f"image file {path} cannot be read")
-
-
-def opened(value: Any, *, allow_urls: bool = False, allow_private: bool = False) -> Any:
-    """An image named by a path or an address, read; anything else as it is.
-
-    Args:
-        value: a path, an http or https address, or an image.
-        allow_urls: fetch addresses.
-        allow_private: fetch also from loopback, link-local and private addresses.
-
-    Raises:
-        ImageError: it cannot be had or read, or is an address and those are not allowed.
-    """
-    if is_url(value):
-        if not allow_urls:
-            raise ImageError(f"{value}: addresses are fetched only with allow_urls=True")
-        from vlmqual_impl.image_urls import ImageFetch, fetch_image  # it needs this module
-
-        return fetch_image(value, ImageFetch(private=allow_private))
-    return read_image(value) if isinstance(value, (str, Path)) else value
-
-
-def is_file(text: str) -> bool:
-    """True for the path of a file that exists and whose name ends like an image's."""
-    try:
-        return text.lower().endswith(SUFFIXES) and Path(text).is_file()
-    except OSError:  # too long for a path
-        return False
-
-
-def is_url(value: Any) -> bool:
-    """True for text that begins with http:// or https://."""
-    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
 
 
 def decoded(

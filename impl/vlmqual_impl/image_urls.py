@@ -97,7 +97,7 @@ def is_url(text: str) -> bool:
     return " " not in text and bool(parts.scheme and parts.netloc)
 
 
-def opened(value: Any, limits: ImageFetch | None) -> Any:
+def opened(value: Any, limits: ImageFetch | None = None) -> Any:
     """An image named by a path or an address, read; anything else as it is.
 
     Args:
@@ -270,10 +270,7 @@ def _connected(host: str, port: int, limits: ImageFetch, clock: _Clock) -> socke
     found = _resolved(host, port, clock)
     for *_, address in found:
         if not limits.private and not is_public(str(address[0])):
-            raise ImageError(
-                f"{address[0]} is not a public address; "
-                "fetch={'private': True} permits it, in other families allow_private_urls=True"
-            )
+            raise ImageError(f"{address[0]} is not a public address; fetch={{'private': True}} permits it")
     trouble: OSError = OSError("the host has no address")
     for index, (family, kind, protocol, _, address) in enumerate(found):
         connection = socket.socket(family, kind, protocol)

@@ -121,10 +121,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return on_white(image)
     return image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture of any mode on a white ground, in RGB."""
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, layer).convert("RGB")
 
 
 # sizes ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from PIL import Image
 
 from vlmqual_impl import images
 from vlmqual_impl.images import Array
-from vlmqual_impl.images_mllama import to_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # IDEFICS-IMG-003
 STD = (0.26862954, 0.26130258, 0.27577711)  # IDEFICS-IMG-004
@@ -27,7 +26,7 @@ CHANNELS = 3
 def square(value: Any, side: int, mean: float | Iterable[float], std: float | Iterable[float]) -> Array:
     """One image as numbers.
 
-    Three channels (every mode but RGB is laid on white, as Mllama's rule has it), both sides resized to `side` without
+    Three channels (every mode but RGB is laid on white), both sides resized to `side` without
     regard to their ratio, bytes divided by 255, then (value - mean) / std.
 
     Args:
@@ -43,8 +42,9 @@ def square(value: Any, side: int, mean: float | Iterable[float], std: float | It
         ValueError: value, mean or std are not valid.
         TypeError: it is no image.
     """
-    picture = to_rgb(images.picture(value))
-    resized = images.resize(picture, (side, side), Image.Resampling.BICUBIC)  # IDEFICS-IMG-013
+    picture = images.picture(value)
+    coloured = picture if picture.mode == "RGB" else images.on_white(picture)
+    resized = images.resize(coloured, (side, side), Image.Resampling.BICUBIC)  # IDEFICS-IMG-013
     array = images.rescale(images.frame_array(resized), 1 / 255)
     return np.ascontiguousarray(images.normalize(array, mean, std).transpose(2, 0, 1))  # IDEFICS-IMG-010
 

@@ -39,11 +39,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     A colour that an RGB file declares transparent stays what it is.
     """
-    if image.mode == "RGB":
-        return image
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layer).convert("RGB")
+    return image if image.mode == "RGB" else images.on_white(image)
 
 
 def unconverted(image: Image.Image) -> Image.Image:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlmqual_impl.image_files import is_file
 from vlmqual_impl.image_urls import is_url
 
 IMAGE = "<image>"
@@ -24,9 +23,9 @@ END_OF_UTTERANCE = "<end_of_utterance>"
 
 
 class Text(str):
-    """A text that is a text whatever it says: never the address of an image, nor the path of one.
+    """A text that is a text whatever it says: never the address of an image.
 
-    For texts that somebody else has written, who could otherwise name files here.
+    For texts that somebody else has written, who could otherwise choose what is fetched.
     """
 
     __slots__ = ()
@@ -54,22 +53,14 @@ def is_image(item: Any) -> bool:
     return not isinstance(item, str) or (not isinstance(item, Text) and is_url(item.strip(" ")))
 
 
-def _found(value: Any) -> Any:
-    """Paths instead of texts that name image files, in lists of any depth."""
-    if isinstance(value, (list, tuple)):
-        return [_found(item) for item in value]
-    if not isinstance(value, str) or isinstance(value, Text):
-        return value
-    return Path(value.strip(" ")) if is_file(value.strip(" ")) else value
-
-
 # what was passed -----------------------------------------------------------------------------------------------------
 
 
 def samples(images: Any, text: Any) -> list[list[Any]]:
-    """The prompts of a call as one list of items for each; a text that names an image file here becomes its path.
+    """The prompts of a call as one list of items for each.
 
-    Not so a text that has its images beside it.
+    In a prompt the path of an image is a `pathlib.Path`; a string that is no address is a text, whatever files there
+    are. In `images`, beside texts, it is a path.
 
     Args:
         images: images to go with texts; or prompts, where it is the only argument.
@@ -81,16 +72,15 @@ def samples(images: Any, text: Any) -> list[list[Any]]:
     if images is None and text is None:  # IDEFICS-PROC-016
         raise ValueError("neither text nor images were passed; at least one of them is required")
     if images is None or text is None:  # images alone are a prompt too (IDEFICS-PROC-027)
-        return _prompts(_found(text if images is None else images))
-    first, second = _found(images), _found(text)
-    if not any(map(is_image, _flat(first))) and all(map(is_image, _flat(second))):
-        return _pairs(second, images)
-    return _pairs(first, text)
+        return _prompts(text if images is None else images)
+    if not any(map(is_image, _flat(images))) and all(map(is_image, _flat(text))):
+        return _pairs(text, images)
+    return _pairs(images, text)
 
 
 def _prompts(value: Any) -> list[list[Any]]:
     """One prompt or several as a list of lists: a flat list is one (IDEFICS-PROC-011)."""
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         return [[value]]  # 4.46.3 takes a single text for a list of letters, and loses its blanks
     lists = [isinstance(item, (list, tuple)) for item in value]
     if not value or (any(lists) and not all(lists)):

@@ -175,8 +175,7 @@ def test_pil_images_arrays_and_tensors_give_the_same(processor: Handle) -> None:
 @requirement("IDEFICS3-PROC-030")
 def test_addresses_are_taken_as_images(idefics3: Idefics3Objects, processor: Handle) -> None:
     pixels = picture(60, 80)
-    for name in ("allow_urls", "allow_private_urls"):  # a library may want to be told first
-        processor.set(name, True)
+    processor.set("fetch", {"private": True})  # a library may want to be told first
     with served(idefics3.library, pixels) as address:
         made = processor.call("", images=[address], text=f"{MARK}a", return_tensors="np")
     wanted = processor.call("", images=[Image(pixels)], text=f"{MARK}a", return_tensors="np")

@@ -15,7 +15,7 @@ from vlmqual_impl import images as rules
 from vlmqual_impl import processor_files as files
 from vlmqual_impl import processors as prompts
 from vlmqual_impl.api import processing as shared
-from vlmqual_impl.image_files import opened
+from vlmqual_impl.image_urls import opened, permission
 from vlmqual_impl.processors import Batch, check_framework, nested, stacked
 
 _FLAGS = (
@@ -202,7 +202,7 @@ class Idefics3Processor:
         tokenizer: a transformers tokenizer; the image tokens are added to it as special tokens.
         image_seq_len: image tokens of one frame: int((image_size // patch_size) ** 2 / scale_factor ** 2).
         chat_template: Jinja template for `apply_chat_template`; by default the tokenizer's.
-        **kwargs: `allow_urls` lets images be http(s) addresses, `allow_private_urls` also those of this network.
+        **kwargs: `fetch`, permission for images that are addresses, see `image_urls.permission`.
 
     Raises:
         ValueError: image processor or tokenizer are missing (IDEFICS3-PROC-002, IDEFICS3-PROC-003).
@@ -224,10 +224,9 @@ class Idefics3Processor:
             raise ValueError("image_processor is None; an Idefics3ImageProcessor is required")
         if tokenizer is None:
             raise ValueError("tokenizer is None; a tokenizer is required")
-        self.allow_urls = bool(kwargs.pop("allow_urls", False))
-        self.allow_private_urls = bool(kwargs.pop("allow_private_urls", False))
+        self.fetch = permission(kwargs.pop("fetch", None))
         if kwargs:
-            known = "image_processor, tokenizer, image_seq_len, chat_template, allow_urls and allow_private_urls"
+            known = "image_processor, tokenizer, image_seq_len, chat_template and fetch"
             raise TypeError(f"Idefics3Processor does not know {', '.join(kwargs)}; it knows {known}")
         _check_length(image_seq_len)
         self.image_processor = image_processor
@@ -256,13 +255,13 @@ class Idefics3Processor:
 
         Args:
             images: one image or a list of images for a single prompt, or a list of lists for a batch; images as for the
-                image processor, or addresses with `allow_urls` (IDEFICS3-PROC-030).
+                image processor, or addresses with `fetch` (IDEFICS3-PROC-030).
             text: a prompt or a list of prompts with one `<image>` marker for each image.
             audio: not used; must be None.
             videos: not used; must be None.
             image_seq_len: for this call (IDEFICS3-PROC-006).
             **kwargs: options of the image processor and the tokenizer, and `return_tensors`; or two mappings
-                `images_kwargs` and `text_kwargs`; `allow_urls` and `allow_private_urls` for this call.
+                `images_kwargs` and `text_kwargs`; `fetch` for this call.
 
         Returns:
             input_ids and attention_mask (B, S), pixel_values (B, N, 3, H, W), pixel_attention_mask (B, N, H, W).
@@ -276,8 +275,7 @@ class Idefics3Processor:
         for name, value in (("audio", audio), ("videos", videos)):
             if value is not None:
                 raise ValueError(f"{name} were passed; Idefics3 takes text and images only")
-        allow_urls = bool(kwargs.pop("allow_urls", self.allow_urls))
-        allow_private = bool(kwargs.pop("allow_private_urls", self.allow_private_urls))
+        limits = permission(kwargs.pop("fetch", self.fetch))
         image_options, text_options, framework = shared.sorted_options("Idefics3Processor", _IMAGE_CALL, kwargs)
         check_framework(framework)
         length = self.image_seq_len if image_seq_len is None else image_seq_len
@@ -291,10 +289,7 @@ class Idefics3Processor:
             counts = [len(sample) for sample in samples]
             if texts is not None:
                 prompts.check_counts(texts, counts)
-            samples = [
-                [opened(image, allow_urls=allow_urls, allow_private=allow_private) for image in sample]
-                for sample in samples
-            ]
+            samples = [[opened(image, limits) for image in sample] for sample in samples]
             if not any(counts):
                 raise ValueError("images has no image in any sample; pass images=None for text alone")
             image_options["return_row_col_info"] = True
@@ -356,7 +351,7 @@ class Idefics3Processor:
             TypeError: a keyword that is no option.
         """
         directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        mine = ("image_seq_len", "chat_template", "allow_urls", "allow_private_urls")
+        mine = ("image_seq_len", "chat_template", "fetch")
         own = {key: options.pop(key) for key in mine if key in options}
         image_processor = Idefics3ImageProcessor.from_saved(files.image_options(directory), options)
         path = directory / files.PROCESSOR_FILE

@@ -19,7 +19,7 @@ from vlmqual_impl import images_mllama as rules
 from vlmqual_impl import processor_files as files
 from vlmqual_impl import processors_mllama as prompts
 from vlmqual_impl.api import processing as shared
-from vlmqual_impl.image_files import opened
+from vlmqual_impl.image_urls import ImageFetch, opened, permission
 from vlmqual_impl.images import Array
 from vlmqual_impl.processors import Batch, check_framework, nested
 
@@ -241,8 +241,8 @@ class MllamaImageProcessor(shared.SavedOptions):  # MLLAMA-IMG-044
 class MllamaProcessor:
     """Tokenizer and image processor together; tells which tokens see which tiles.
 
-    Images named by http(s) addresses are fetched only where `allow_urls` is set, as an attribute, in `from_pretrained`
-    or in a call; `allow_private_urls` permits addresses of this network too.
+    Images named by addresses are fetched only where `fetch` permits it (see `image_urls.permission`), as an attribute,
+    in `from_pretrained` or in a call.
 
     Args:
         image_processor: a `MllamaImageProcessor`.
@@ -267,8 +267,7 @@ class MllamaProcessor:
         self.python_token_id = tokenizer.convert_tokens_to_ids(prompts.PYTHON)
         self.bos_token = tokenizer.bos_token
         self.chat_template: str | None = getattr(tokenizer, "chat_template", None)
-        self.allow_urls = False
-        self.allow_private_urls = False
+        self.fetch: ImageFetch | None = None
         self._more: dict[str, Any] = {}
 
     @property
@@ -282,11 +281,10 @@ class MllamaProcessor:
 
         Args:
             images: one image, a list of images for a single prompt, or a list of lists for a batch, in which a sample
-                may be empty; images as for the image processor, or addresses with `allow_urls`.
+                may be empty; images as for the image processor, or addresses with `fetch`.
             text: a prompt or a list of prompts with one `<|image|>` marker for each image.
             **kwargs: options of the image processor and the tokenizer, and `return_tensors`; or mappings
-                `images_kwargs`, `text_kwargs` and `common_kwargs` (MLLAMA-PROC-010); `allow_urls` and
-                `allow_private_urls` for this call.
+                `images_kwargs`, `text_kwargs` and `common_kwargs` (MLLAMA-PROC-010); `fetch` for this call.
 
         Returns:
             With text input_ids and attention_mask (B, S); with images pixel_values (B, N, T, 3, t, t), aspect_ratio_ids
@@ -299,8 +297,7 @@ class MllamaProcessor:
         """
         if text is None and images is None:
             raise ValueError("neither text nor images were passed; at least one of them is required")
-        allow_urls = bool(kwargs.pop("allow_urls", self.allow_urls))
-        allow_private = bool(kwargs.pop("allow_private_urls", self.allow_private_urls))
+        limits = permission(kwargs.pop("fetch", self.fetch))
         image_options, text_options, framework = shared.sorted_options("MllamaProcessor", _IMAGE_CALL, kwargs)
         check_framework(framework)
         texts = None if text is None else shared.texts_of(text)
@@ -312,10 +309,7 @@ class MllamaProcessor:
         data: dict[str, Any] = {}
         num_tiles: list[list[int]] = []
         if images is not None:
-            read = [
-                [opened(image, allow_urls=allow_urls, allow_private=allow_private) for image in sample]
-                for sample in samples
-            ]
+            read = [[opened(image, limits) for image in sample] for sample in samples]
             data = dict(self.image_processor.preprocess(read, return_tensors=framework, **image_options))
             num_tiles = data.pop("num_tiles")
         if texts is None:
@@ -376,23 +370,21 @@ class MllamaProcessor:
 
         Args:
             pretrained_model_name_or_path: directory or hub id.
-            **kwargs: `chat_template`, `allow_urls`, `allow_private_urls`, or options of the image processor, that
-                override the files'.
+            **kwargs: `chat_template`, `fetch`, or options of the image processor, that override the files'.
 
         Raises:
             ValueError: files are missing or damaged.
             TypeError: a keyword that is no option.
         """
         directory, options = files.located(pretrained_model_name_or_path, kwargs)
-        own = {key: options.pop(key) for key in ("chat_template", "allow_urls", "allow_private_urls") if key in options}
+        own = {key: options.pop(key) for key in ("chat_template", "fetch") if key in options}
         image_processor = MllamaImageProcessor.from_saved(files.image_options(directory), options)
         path = directory / files.PROCESSOR_FILE
         saved = files.read_json(path) if path.is_file() else {}
         processor = cls(image_processor, files.tokenizer(directory))
         stored = files.chat_template(directory) or saved.get("chat_template") or processor.chat_template
         processor.chat_template = own.get("chat_template") or stored
-        processor.allow_urls = bool(own.get("allow_urls", False))
-        processor.allow_private_urls = bool(own.get("allow_private_urls", False))
+        processor.fetch = permission(own.get("fetch"))
         left_out = ("image_processor", "processor_class", "chat_template")
         processor._more = {key: value for key, value in saved.items() if key not in left_out}
         return processor
