@@ -274,7 +274,7 @@ def test_probes_take_time_and_unknown_ones_are_not_offered(target: TransformersT
 def test_the_library_resolves_names_and_turns_tensors_into_arrays() -> None:
     library = TransformersLibrary()
     assert library.version == transformers.__version__
-    assert library.families == ("idefics3", "mllama")
+    assert library.families == ("idefics", "idefics3", "mllama")
     assert library.resolve("Idefics3Config") is transformers.Idefics3Config
     with pytest.raises(AttributeError):
         library.resolve("NoSuchClass")
