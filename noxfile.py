@@ -28,6 +28,17 @@ TRANSFORMERS = {
 CURRENT = "5.23.0"
 # The last documented version with TensorFlow classes, what they run on, and the numpy that this was built for.
 TENSORFLOW = ["tensorflow-cpu==2.18.1", "tf-keras==2.18.0", "numpy==2.0.2", *TRANSFORMERS["4.46.3"]]
+# The vendor's wheel is installed without what it asks for, which are builds of an index of its own (torch +cpu); these
+# are the versions that it asks for. It wants torchvision as well, which only fits a torch of the same index; without it
+# the pinned transformers has no image processor, and the target does not declare `preprocess`.
+OPTIMUM_RBLN = ["optimum-rbln==0.12.0"]
+OPTIMUM_RBLN_NEEDS = [
+    "transformers==5.15.1",
+    "tokenizers==0.22.1",
+    "huggingface-hub==1.33.0",
+    "diffusers==0.38.0",
+    "accelerate==1.15.0",
+]
 # The documented version of each family, which makes its goldens.
 GOLD = {"idefics": "4.46.3", "idefics3": "4.46.3", "mllama": "4.45.2"}
 VERSIONS = [nox.param(version, id=version) for version in TRANSFORMERS]
@@ -40,7 +51,10 @@ EVERY_VARIANT = [
     *("--target", "eager:dtype=bfloat16"),
     *("--target", "eager:dtype=float64"),
 ]
+# Targets that run compiled functions of fixed shapes, and the extra that installs each.
+GRAPHS = {"openvino": "openvino", "onnxruntime": "onnx"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def install(session: nox.Session, extras: str, *more: str, transformers: str = CURRENT) -> None:
@@ -63,10 +77,20 @@ def with_default(arguments: list[str], option: str, default: list[str]) -> list[
     return arguments if given else [*default, *arguments]
 
 
+def executors(extras: str, arguments: list[str]) -> str:
+    """The extras, with those of the executors that the arguments name as targets."""
+    named = [
+        extra
+        for kind, extra in GRAPHS.items()
+        if any(item.startswith((kind, f"--target={kind}")) for item in arguments)
+    ]
+    return ",".join([extras, *named])
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit tests of all packages."""
-    install(session, "impl,conformance,perf,reports", "hypothesis", "pytest-xdist")
+    install(session, ",".join(["impl,conformance,perf,reports", *GRAPHS.values()]), "hypothesis", "pytest-xdist")
     # One process for each core, so one compute thread for each process.
     session.run("pytest", "-n", "auto", *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
 
@@ -92,9 +116,19 @@ def qualify(session: nox.Session) -> None:
 @nox.session
 def conformance(session: nox.Session) -> None:
     """Conformance of one or several targets; the embedded default without arguments."""
-    install(session, "impl,conformance")
+    install(session, executors("impl,conformance", session.posargs))
     arguments = with_default(session.posargs, "--target", DEFAULT_TARGET)
     vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", RESULTS]))
+
+
+@nox.session
+@nox.parametrize("target", [nox.param(target, id=target) for target in GRAPHS])
+def conformance_graphs(session: nox.Session, target: str) -> None:
+    """Conformance of all families as compiled functions of fixed shapes; what was compiled is kept for the next run."""
+    install(session, f"impl,conformance,{GRAPHS[target]}")
+    arguments = with_default(session.posargs, "--target", ["--target", target])
+    results = f"{RESULTS}/{target}"
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
 
 
 @nox.session
@@ -122,9 +156,39 @@ def conformance_tf(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance_rbln(session: nox.Session) -> None:
+    """Conformance of the bundled implementation over the emulator of RBLN's SDK.
+
+    Where there is an NPU: `-- --target rbln:dtype=bfloat16`, with rebel-compiler in the environment.
+    """
+    install(session, "impl,conformance")
+    arguments = with_default(session.posargs, "--target", ["--target", "rbln:emulate=1"])
+    results = f"{RESULTS}/rbln"
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
+
+
+@nox.session
+def conformance_optimum_rbln(session: nox.Session) -> None:
+    """Conformance of the vendor's optimum-rbln over the emulator of its SDK, and the unit tests of both.
+
+    Where there is an NPU: `-- --target optimum-rbln:npu=RBLN-CA25`, with rebel-compiler in the environment.
+    """
+    session.install("-c", str(CONSTRAINTS), "torch==2.13.0")
+    session.install("-c", str(CONSTRAINTS), "-e", ".[impl,conformance]", *OPTIMUM_RBLN_NEEDS)
+    session.install("--no-deps", *OPTIMUM_RBLN)
+    session.run(
+        "pytest", "impl/tests/test_rebel_optimum.py", "impl/tests/test_optimum_rbln.py", env={**OFFLINE, **ONE_THREAD}
+    )
+    arguments = with_default(session.posargs, "--target", ["--target", "optimum-rbln:emulate=1"])
+    arguments = with_default(arguments, "--family", ["--family", "idefics3"])
+    results = f"{RESULTS}/optimum-rbln"
+    vlmqual(session, "conformance", *with_default(arguments, "--results", ["--results", results]))
+
+
+@nox.session
 def perf(session: nox.Session) -> None:
-    """Performance of a target; the embedded default without arguments."""
-    install(session, "impl,perf")
+    """Performance of one or several targets; the embedded default without arguments."""
+    install(session, executors("impl,perf", session.posargs))
     vlmqual(session, "perf", *with_default(session.posargs, "--results", ["--results", RESULTS]))
 
 

@@ -29,6 +29,7 @@ def test_an_adapter_that_keeps_the_contract_is_told_so(capsys):
         ("nan", "FAIL  idefics3: logits: logits has values that are not finite"),
         ("short", "FAIL  idefics3: logits: logits have shape"),
         ("none", "FAIL  idefics3: logits: logits: the target answered NoneType"),
+        ("fixed", "FAIL  idefics3: costs: costs tell of decode, not of decode, prefill"),
         ("lists", "FAIL  idefics3: preprocess: preprocess: input_ids: the target answered list"),
     ],
 )

@@ -47,6 +47,20 @@ def test_an_unknown_library_lists_the_installed_ones():
         make_library("no-such-library")
 
 
+def test_options_of_a_library_reach_it_and_an_unknown_one_lists_those_that_it_knows(tmp_path, monkeypatch):
+    (tmp_path / "optional_library.py").write_text(
+        "class Optional:\n    def __init__(self, emulate='0'):\n        self.name = 'emulate is ' + emulate\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    origins = {"optional": "optional_library:Optional"}
+    assert make_library("optional", origins).name == "emulate is 0"
+    assert make_library("optional:emulate=1", origins).name == "emulate is 1"
+    with pytest.raises(UsageError, match=r"library 'optional:npu=1': .*'npu'; it knows emulate"):
+        make_library("optional:npu=1", origins)
+    with pytest.raises(UsageError, match="library 'no-such:emulate=1' is not installed"):
+        make_library("no-such:emulate=1", origins)
+
+
 def test_every_subcommand_is_listed_and_explains_itself(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

@@ -335,6 +335,31 @@ def test_a_family_that_a_library_does_not_have_is_not_applicable_and_one_that_it
     assert code == 1
 
 
+def test_a_library_with_options_keeps_its_known_failures_and_says_that_it_is_emulated(tmp_path, monkeypatch):
+    text = OLD_LIBRARY.replace('("mllama",)', '("idefics3",)')
+    text += "\n    def __init__(self, emulate='0'):\n        self.emulated = emulate == '1'\n"
+    (tmp_path / "old.py").write_text(text)
+    (tmp_path / "old-1.0.dist-info").mkdir()
+    (tmp_path / "old-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
+    (tmp_path / "old-1.0.dist-info" / "entry_points.txt").write_text("[vlmqual.libraries]\nold = old:Old\n")
+    entry = '[[failure]]\nlibrary = "old"\nversions = "==1.0"\ncase = "*"\nreason = "it is old"\nexpires = 2099-01-01\n'
+    (tmp_path / "known.toml").write_text(entry)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results = tmp_path / "results"
+    only = ("--family", "idefics3", "--level", "api", "-k", "test_parameters_of_the_configuration or forward")
+    target = f"{ZOO}:Mixed:library=old:emulate=1"
+    conformance("--target", target, *only, "--known", tmp_path / "known.toml", "--results", results)
+    (file,) = (read(path) for path in results.glob("*library*.jsonl"))
+    assert file.header.subject == "library old:emulate=1"
+    assert file.header.info["name"] == "old"
+    assert file.header.info["emulated"] is True
+    outcomes = {row.case: row.outcome for row in file.verdicts}
+    assert outcomes["test_signatures.py::test_parameters_of_the_models_forward"] is Outcome.EXPECTED_FAIL
+    rbln = [row for row in file.verdicts if row.case.startswith("test_rbln")]
+    assert {row.outcome for row in rbln} == {Outcome.NOT_APPLICABLE}
+    assert {row.reason for row in rbln} == {"old 1.0 has no RBLNIdefics3ForConditionalGeneration"}
+
+
 # keepers -----------------------------------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def test_every_test_cites_requirements_that_exist(requirements):
 
 def test_requirements_of_a_library_have_a_test_that_takes_the_library(requirements):
     # All but the first are fixtures that take the first.
-    reached = {"library", "idefics", "idefics3", "mllama", "tf", "processor", "default"}
+    reached = {"library", "idefics", "idefics3", "mllama", "tf", "rbln", "processor", "default"}
     cited = {name for _, arguments, ids in marked() for name in ids if reached & arguments}
     assert {item.id for item in requirements.values() if item.subject == "library" and not item.untested} <= cited
 
@@ -128,3 +128,13 @@ def test_known_failures_in_the_other_files_name_tests_that_exist():
             pattern = entry.case.partition("[")[0]
             assert fnmatch.filter(tests, pattern), f"{file}: {entry.case} names no test"
             assert entry.library == "transformers"
+
+
+def test_known_failures_of_rbln_name_requirements_and_tests_that_exist(requirements):
+    tests = [name for name, _, _ in marked()]
+    for entry in load_known([PACKAGE / "known" / "rbln.toml"]):
+        assert entry.library == "optimum-rbln"
+        if entry.case in requirements:
+            continue
+        assert entry.case.partition("[")[0] in tests, f"{entry.case} names no test"
+        assert entry.reason.partition(":")[0] in requirements, f"{entry.case}: the reason begins with no requirement"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from vlmqual_contract import wire
-from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetMisspoke, TargetRaised, UsageError
+from vlmqual_contract.errors import TargetCrashed, TargetHung, TargetMisspoke, TargetRaised, Unsupported, UsageError
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.remote import RemoteTarget
-from vlmqual_contract.target import Model, Options, Prompt
+from vlmqual_contract.target import Call, Costs, Model, Options, Program, Prompt
 
 TOY = f"{Path(__file__).with_name('toy_target.py')}:Toy"
 MODEL = Model("nowhere", "idefics3")
@@ -38,6 +38,27 @@ def test_features_made_elsewhere_can_be_injected():
     with RemoteTarget(TOY) as target, target.open(MODEL) as session:
         step = session.prefill(INPUTS, {"image_hidden_states": np.ones((1, 1, 2), np.float32)})
         assert step.tokens().tolist() == [9, 4]
+
+
+def test_costs_of_fixed_shapes_cross_the_border_as_they_are():
+    with RemoteTarget(f"{TOY}:bad=fixed") as target, target.open(MODEL) as session:
+        assert target.info.fixed_shapes
+        assert session.costs() == Costs({"decode": Call("b1", 1, 2, ("write",))}, {"write": Program(0.5, 0.25)})
+
+
+@pytest.mark.parametrize("bad", ["costs-unknown", "costs-less", "costs-none"])
+def test_costs_that_cannot_be_true_are_an_error_of_the_target(bad):
+    with RemoteTarget(f"{TOY}:bad={bad}") as target, target.open(MODEL) as session:
+        with pytest.raises(TargetMisspoke, match="costs: "):
+            session.costs()
+        assert target.alive
+
+
+def test_a_session_without_costs_says_so():
+    with RemoteTarget(TOY) as target, target.open(MODEL) as session:
+        assert not target.info.fixed_shapes
+        with pytest.raises(Unsupported, match="no costs of fixed shapes"):
+            session.costs()
 
 
 def test_a_crash_is_reported_with_its_signal_and_later_requests_fail_at_once():

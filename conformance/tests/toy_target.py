@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from vlmqual_contract.errors import UsageError
-from vlmqual_contract.target import Capability, Info
+from vlmqual_contract.target import Call, Capability, Costs, Info, Program
 
 VOCABULARY = 11
 
@@ -100,6 +100,13 @@ class ToySession:
         time.sleep(0.001)
 
 
+class CostlySession(ToySession):
+    def costs(self):
+        call = Call("b1", 3 if self.bad == "costs-less" else 1, 2, ("write",))
+        programs = {} if self.bad == "costs-unknown" else {"write": Program(0.5, 0.25)}
+        return Costs(None if self.bad == "costs-none" else {"decode": call}, programs)
+
+
 class Toy:
     def __init__(self, bad: str = "", ranks: str = "one") -> None:
         if bad == "usage":
@@ -117,6 +124,7 @@ class Toy:
             families=("idefics3",),
             processes="per-rank" if ranks == "many" else "one",
             software={"numpy": np.__version__},
+            fixed_shapes=bad.startswith(("fixed", "costs")),
         )
 
     @contextmanager
@@ -126,7 +134,7 @@ class Toy:
         rank = int(os.environ["RANK"])
         if self.bad == "rank1" and rank == 1:
             os._exit(7)
-        yield ToySession("hang" if self.bad == "rank1" else self.bad)
+        yield (CostlySession if self.info.fixed_shapes else ToySession)("hang" if self.bad == "rank1" else self.bad)
 
     def probe(self, name, shape, dtype):
         return float(os.environ["RANK"]) + 1.0

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from vlmqual_conformance import catalogue, failures, goldens, marks, outcomes, policy, progress, subjects
+from vlmqual_conformance import catalogue, failures, goldens, marks, outcomes, policy, progress, replays, subjects
 from vlmqual_conformance.catalogue import Case
 from vlmqual_conformance.failures import Failure
 from vlmqual_conformance.outcomes import outcome_of
+from vlmqual_conformance.plan import Plan
 from vlmqual_contract import fixtures, machine
-from vlmqual_contract.discovery import code_digest, suite_version
+from vlmqual_contract.discovery import code_digest, parse, suite_version
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, TargetFailure, VlmqualError
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.records import Header, Outcome, Verdict, Writer, finite
@@ -26,44 +27,6 @@ from vlmqual_contract.requirement import LEVELS, Requirement
 from vlmqual_contract.target import FAMILIES, Info
 
 CASE = pytest.StashKey[Case]()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one session does, from its options.
-
-    Attributes:
-        target: target string, or "" for a library run.
-        library: name of a library, or "".
-        families: families to be judged.
-        levels: levels to be judged, in the suite's order.
-        results: folder of results files.
-        python: interpreter of the subject's environment, or None.
-        timeout_s: seconds for one answer.
-        fresh: do not continue an unfinished run.
-        known: further files of known failures.
-        command: command line, for the record.
-        status: file that the outcome is written to for the caller, or None.
-        keyword: pytest's `-k`.
-    """
-
-    target: str
-    library: str
-    families: tuple[str, ...]
-    levels: tuple[str, ...]
-    results: Path
-    python: str | None
-    timeout_s: float
-    fresh: bool
-    known: tuple[Path, ...]
-    command: str
-    status: Path | None
-    keyword: str
-
-    @property
-    def subject(self) -> str:
-        """As in the header of the results file."""
-        return self.target or f"library {self.library}"
 
 
 @dataclass
@@ -164,6 +127,8 @@ class Conductor:
         names = [case.name for case in self._found.cases]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             self._leave(f"two cases are called {twice[0]}")
+        if unknown := [name for name in self.plan.cases if name not in names]:
+            self._leave(f"the suite has no case {unknown[0]!r}{replays.near(unknown[0], names)}")
         kept = [item for item in items if self._mine(item.stash[CASE])]
         kept.sort(key=lambda item: self._place(item.stash[CASE]))
         items[:] = kept
@@ -185,10 +150,11 @@ class Conductor:
         return FAMILIES.index(first.family), LEVELS.index(first.level)
 
     def _mine(self, case: Case) -> bool:
-        first = self._first(case)
-        families = self.plan.families or FAMILIES
-        subject = "target" if self.plan.target else "library"
-        return first.subject == subject and first.family in families and first.level in self.plan.levels
+        first, plan = self._first(case), self.plan
+        if (plan.cases and case.name not in plan.cases) or not _overlap(plan.requirements, case.ids):
+            return False
+        subject = "target" if plan.target else "library"
+        return first.subject == subject and first.family in (plan.families or FAMILIES) and first.level in plan.levels
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Open the results file; cases with a verdict from an earlier, unfinished run are not run again."""
@@ -209,6 +175,10 @@ class Conductor:
         again = f", {len(done)} of them from a run that was not finished" if done else ""
         title = f"{self.plan.subject}\n  {self._about()}\n  {len(self._planned)} cases{again}"
         session.items[:] = [item for item in session.items if item.stash[CASE].name not in done]
+        if not done:
+            others = {case.name for case in self._found.cases} - set(self._planned)
+            folder = self.plan.results / replays.folder(self.plan.subject)
+            replays.tidy(folder, self._planned, others if self._found.whole else None)
         self._reporter = progress.Reporter(title, len(session.items))
         for row in rows:
             if row.case not in done:
@@ -218,15 +188,16 @@ class Conductor:
     def _rows_without_a_test(self) -> list[Verdict]:
         """Verdicts that need no test: requirements that cannot be tested, known failures that name nothing."""
         rows: list[Verdict] = []
-        whole = self._found.whole and not self.plan.keyword
-        if self.plan.library and not self.plan.keyword:
-            families = self.plan.families or FAMILIES
+        plan = self.plan
+        if plan.library and not plan.keyword and not plan.cases:
+            families = plan.families or FAMILIES
             for item in self._requirements.values():
-                if item.untested and item.family in families and item.level in self.plan.levels:
+                chosen = item.family in families and item.level in plan.levels
+                if item.untested and chosen and _overlap(plan.requirements, [item.id]):
                     name = f"{item.family}.toml::{item.id}"
                     verdict = Verdict(name, (item.id,), item.family, item.level, Outcome.NOT_APPLICABLE, item.untested)
                     rows.append(verdict)
-        for entry in self._concerned() if whole else ():
+        for entry in self._concerned() if self._found.whole and not plan.select else ():
             if not any(entry.names(case.name, case.ids) for case in self._found.cases):
                 text = f"the known failure {entry.case!r} of {entry.file} names nothing: {entry.reason}"
                 rows.append(Verdict(f"{entry.file}::{entry.case}", (), "", "", Outcome.FAIL, text))
@@ -247,11 +218,16 @@ class Conductor:
             return self._keeper.name, self._keeper.version
         info = self._info
         assert info is not None, "the subject has not been started"
-        return info.library, info.software.get(info.library) or info.version
+        name = parse(info.library).kind if info.library else ""
+        return name, info.software.get(name) or info.version
+
+    def _emulated(self) -> bool:
+        subject = self._keeper if isinstance(self._keeper, subjects.LibraryKeeper) else self._info
+        return subject is not None and subject.emulated
 
     def _about(self) -> str:
         if (info := self._info) is None:
-            return " ".join(self._library())
+            return " ".join(self._library()) + (" (emulated)" if self._emulated() else "")
         return f"{info.name} {info.version} on {info.device}, {info.runtime}, compute dtype {info.dtype}"
 
     def _header(self) -> Header:
@@ -263,7 +239,7 @@ class Conductor:
             kind="conformance",
             subject=self.plan.subject,
             suite=suite_version(),
-            info=info or {"name": name, "version": version, "library": name},
+            info=info or {"name": name, "version": version, "library": name, "emulated": self._emulated()},
             machine=machine.describe(),
             command=self.plan.command,
             plan={
@@ -272,7 +248,9 @@ class Conductor:
                 "fixtures": fixtures.digest(),
                 "suite": catalogue.digest(extra),
                 "code": code_digest(self.plan.target or self.plan.library),
-                "select": self.plan.keyword,
+                "select": self.plan.select,
+                "requirements": list(self.plan.requirements),
+                "python": self.plan.python or "",
                 "threads": subjects.THREADS,
                 "calibration": any(goldens.makers(family).get(name) == version for family in families),
                 "budget": f"{policy.FACTOR:g} x the noise of the worst honest arm",
@@ -354,9 +332,31 @@ class Conductor:
             details=details,
         )
         if self._writer is not None:
+            if verdict.outcome in replays.FAILED:
+                verdict = self._replayable(verdict, self._writer)
             self._writer.add(verdict)
         if self._reporter is not None:
             self._reporter.ended(verdict)
+
+    def _replayable(self, verdict: Verdict, writer: Writer) -> Verdict:
+        """The verdict, naming the replay file that it now has."""
+        plan, header = self.plan, writer.header
+        path = replays.place(plan.subject, verdict.case)
+        replay = replays.record(
+            verdict,
+            kind="target" if plan.target else "library",
+            subject=plan.target or plan.library,
+            python=plan.python or "",
+            timeout_s=plan.timeout_s,
+            known=tuple(map(str, plan.known)),
+            emulated=self._emulated(),
+            version=header.suite,
+            suite=header.plan["suite"],
+            fixtures=header.plan["fixtures"],
+            run=header.run,
+        )
+        replays.write(plan.results / path, replay)
+        return replace(verdict, details={**verdict.details, "replay": path.as_posix()})
 
     # end -------------------------------------------------------------------------------------------------------------
 
@@ -387,18 +387,20 @@ class Conductor:
             for text in self._broken:
                 print(text, file=sys.stderr)
             print(progress.summary(verdicts, self._reporter.width if self._reporter else 80))
-            print(f"  {progress.counted(verdicts)}\n  results: {writer.path}")
+            print(f"  {progress.counted(verdicts)}")
         else:
             done = sum(name in writer.done for name in self._planned)
             print(f"  incomplete: {done} of {len(self._planned)} cases have a verdict; the same command resumes")
-            print(f"  results: {writer.path}")
+        print(f"  results: {writer.path}")
+        if any(isinstance(row, Verdict) and "replay" in row.details for row in writer.done.values()):
+            print(f"  replay: {self.plan.results / replays.folder(self.plan.subject)}")
         session.exitstatus = self._exit
         self._status()
 
     def _status(self) -> None:
         if self.plan.status is None:
             return
-        name = self._library()[0] if self._keeper is not None else ""
+        name = info.library if (info := self._info) is not None else self.plan.library
         path = str(self._writer.path) if self._writer else ""
         state = {"exit": self._exit, "library": name, "path": path}
         self.plan.status.write_text(json.dumps(state), "utf-8")
@@ -414,6 +416,10 @@ def case_of(item: pytest.Item) -> Case:
     name = f"{item.path.name}::{item.nodeid.partition('::')[2]}"
     names: Sequence[str] = getattr(item, "fixturenames", ())
     return Case(name, tuple(ids), frozenset(needs), catalogue.LIBRARY_FIXTURE in names)
+
+
+def _overlap(wanted: Sequence[str], ids: Iterable[str]) -> bool:
+    return not wanted or not set(wanted).isdisjoint(ids)
 
 
 def _is_whole(config: pytest.Config) -> bool:

@@ -22,6 +22,8 @@ from packaging.version import InvalidVersion, Version
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Outcome
 
+#: Begins the reason of a known failure that passes, which is a failure.
+PASSED = "expected to fail but passed"
 FOLDER = Path(__file__).resolve().parent / "known"
 _KEYS = {"library", "versions", "case", "reason", "expires", "outcome", "dtype", "runtime"}
 _REQUIREMENT = re.compile(r"[A-Z0-9]+-[A-Z]+-\d{3}")
@@ -147,7 +149,7 @@ def judge(outcome: Outcome, reason: str, entries: Sequence[Failure], today: date
         return Judged(outcome, reason, {})
     if outcome is Outcome.PASS:
         first = entries[0]
-        text = f"expected to fail but passed: {first.reason}; remove it from {first.file}"
+        text = f"{PASSED}: {first.reason}; remove it from {first.file}"
         return Judged(Outcome.FAIL, text, {"known": first.reason, "expires": first.expires.isoformat()})
     fitting = [entry for entry in entries if entry.outcome is outcome]
     if not fitting:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from vlmqual_conformance import marks, subjects
-from vlmqual_conformance.conductor import Conductor, Plan
+from vlmqual_conformance.conductor import Conductor
+from vlmqual_conformance.plan import Plan
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.requirement import LEVELS
 from vlmqual_contract.target import FAMILIES
@@ -25,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--vlmqual-library", default="", help="library subject, instead of a target")
     group.addoption("--vlmqual-family", action="append", default=[], help="only this family")
     group.addoption("--vlmqual-level", action="append", default=[], help="only this level")
+    group.addoption("--vlmqual-requirement", action="append", default=[], help="only cases that carry this id")
+    group.addoption("--vlmqual-case", action="append", default=[], help="only the case of exactly this name")
     group.addoption("--vlmqual-results", default="results", help="folder of results files")
     group.addoption("--vlmqual-python", default=None, help="interpreter of the subject's environment")
     group.addoption("--vlmqual-timeout", type=float, default=Limits().call_s, help="seconds for one answer")
@@ -64,5 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
         command=str(option("vlmqual_command")) or " ".join(sys.argv),
         status=Path(option("vlmqual_status")) if option("vlmqual_status") else None,
         keyword=str(config.getoption("keyword", "") or ""),
+        requirements=tuple(sorted(set(option("vlmqual_requirement")))),
+        cases=tuple(sorted(set(option("vlmqual_case")))),
     )
     config.pluginmanager.register(Conductor(config, plan), "vlmqual-conductor")

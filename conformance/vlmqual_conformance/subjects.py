@@ -138,17 +138,19 @@ class LibraryKeeper:
         name: name of the library.
         version: its version.
         families: families whose classes it has.
+        emulated: True when it runs over an emulator.
         hung: cases in a row that ended because the library hung.
     """
 
-    def __init__(self, name: str, *, python: str | None = None, limits: Limits | None = None) -> None:
-        self.name = name
+    def __init__(self, text: str, *, python: str | None = None, limits: Limits | None = None) -> None:
+        self._text = text
         self.hung = 0
         self._python = python
         self._limits = limits or Limits()
         self._process: LibraryProcess | None = None
-        self.version = self.library().version
-        self.families = self.library().families
+        library = self.library()
+        self.name, self.version = library.name, library.version
+        self.families, self.emulated = library.families, library.emulated
 
     def library(self) -> RemoteLibrary:
         """The library, started again when its process is gone.
@@ -159,7 +161,7 @@ class LibraryKeeper:
         if self.hung >= PATIENCE:
             raise TargetHung(f"not tried: the library hung in each of the {self.hung} cases before")
         if self._process is None or not self._process.alive:
-            self._process = LibraryProcess(self.name, python=self._python, threads=1, limits=self._limits)
+            self._process = LibraryProcess(self._text, python=self._python, threads=1, limits=self._limits)
         return self._process.library
 
     def ended(self, error: BaseException | None) -> None:

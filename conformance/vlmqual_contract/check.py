@@ -19,7 +19,7 @@ from vlmqual_contract.errors import EXIT_FAILED, EXIT_OK, TargetFailure, Unsuppo
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.remote import RemoteSession, RemoteTarget
 from vlmqual_contract.scenario import Scenario, load_scenarios
-from vlmqual_contract.target import Array, Capability, Model, Options, Prompt
+from vlmqual_contract.target import Array, Capability, Costs, Model, Options, Prompt
 
 
 @dataclass
@@ -108,6 +108,8 @@ def _check(report: _Report, target: RemoteTarget, scenario: Scenario) -> None:
         if has(Capability.FORCED_TOKENS):
             forced = np.ones(rows, dtype=np.int64)
             report.run(f"{scenario.family}: forced tokens", lambda: session.decode(nxt, forced).tokens())
+    if target.info.fixed_shapes:
+        report.run(f"{scenario.family}: costs", lambda: _costs(session.costs(), nxt is not None))
     report.run(f"{scenario.family}: close", session.close)
 
 
@@ -142,6 +144,14 @@ def _shape(array: Array, shape: tuple[int | None, ...], name: str) -> None:
     assert fits, f"{name} have shape {array.shape}, not {wanted}"
     assert np.issubdtype(array.dtype, np.floating), f"{name} are {array.dtype}, not floating"
     _finite({name: array})
+
+
+def _costs(costs: Costs, decoded: bool) -> None:
+    kinds = {"prefill", "decode"} if decoded else {"prefill"}
+    assert kinds <= set(costs.calls), (
+        f"costs tell of {', '.join(costs.calls) or 'no call'}, not of {', '.join(sorted(kinds))}"
+    )
+    assert all(call.programs for call in costs.calls.values()), "a call names no function that it ran"
 
 
 def _tokens(tokens: Array, rows: int) -> None:

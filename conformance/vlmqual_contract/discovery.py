@@ -134,28 +134,39 @@ def make_target(text: str, origins: Mapping[str, str] | None = None) -> Target:
                 "a target from a file is written path/to/adapter.py:Name"
             )
         factory = _load(points[spec.kind])
-    try:
-        inspect.signature(factory).bind(**spec.options)
-    except TypeError as error:
-        known = [name for name in inspect.signature(factory).parameters if name != "self"]
-        raise UsageError(f"target {text!r}: {error}; it knows {', '.join(known) or 'no options'}") from error
-    return factory(**spec.options)
+    return factory(**_bound(factory, spec, f"target {text!r}"))
 
 
-def make_library(name: str, origins: Mapping[str, str] | None = None) -> Library:
-    """The library subject of this name.
+def make_library(text: str, origins: Mapping[str, str] | None = None) -> Library:
+    """The library subject that a string names, with options as a target string has them.
 
     Args:
-        name: of the library.
+        text: name of the library, as in `transformers`, or `name:key=value,...`.
         origins: see `make_target`.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or does not know an option.
     """
     points = _points(LIBRARIES, origins)
-    if name not in points:
-        raise UsageError(f"library {name!r} is not installed; installed are {', '.join(points) or 'none'}")
-    return cast(Library, _load(points[name])())
+    spec = parse(text)
+    if spec.file or spec.kind not in points:
+        raise UsageError(f"library {text!r} is not installed; installed are {', '.join(points) or 'none'}")
+    factory: Callable[..., Library] = _load(points[spec.kind])
+    return factory(**_bound(factory, spec, f"library {text!r}"))
+
+
+def _bound(factory: Callable[..., object], spec: TargetString, name: str) -> Mapping[str, str]:
+    """The options, looked at before the factory is called.
+
+    Raises:
+        UsageError: the factory does not know one of them.
+    """
+    try:
+        inspect.signature(factory).bind(**spec.options)
+    except TypeError as error:
+        known = [key for key in inspect.signature(factory).parameters if key != "self"]
+        raise UsageError(f"{name}: {error}; it knows {', '.join(known) or 'no options'}") from error
+    return spec.options
 
 
 def _points(group: str, origins: Mapping[str, str] | None) -> dict[str, EntryPoint]:

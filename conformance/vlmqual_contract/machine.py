@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
         "architecture": platform.machine(),
         "processor": _processor(),
         "cores": cores(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "governor": _text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -45,7 +45,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """Bytes of memory of this machine, 0 where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -11,17 +11,21 @@ import numpy as np
 
 from vlmqual_contract.discovery import LIBRARIES, TARGETS, origin, parse
 from vlmqual_contract.errors import TargetFailure, TargetMisspoke, UsageError
+from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.launch import Group, Limits
 from vlmqual_contract.subject import RemoteLibrary
 from vlmqual_contract.target import (
     Array,
+    Call,
     Capability,
+    Costs,
     FloatArray,
     Info,
     Inputs,
     IntArray,
     Model,
     Options,
+    Program,
     Prompt,
 )
 
@@ -129,6 +133,29 @@ class RemoteSession:
     def synchronize(self) -> None:
         """Return when the device is done."""
         self.request({"op": "synchronize"})
+
+    def costs(self) -> Costs:
+        """What fixed shapes cost so far, of rank 0.
+
+        Raises:
+            Unsupported: the target's sessions do not tell.
+        """
+        reply = self.request({"op": "costs"})
+        try:
+            programs = {name: Program(**program) for name, program in reply["programs"].items()}
+            calls = {
+                kind: Call(**{**call, "programs": tuple(call["programs"])}) for kind, call in reply["calls"].items()
+            }
+            sound = all(
+                0 < call.asked <= call.computed and set(call.programs) <= set(programs) for call in calls.values()
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise TargetMisspoke(f"costs: the target answered {reply!r}, not calls and programs") from error
+        if not sound:
+            raise TargetMisspoke(
+                f"costs: a call computes less than is asked for, or runs an unknown program: {reply!r}"
+            )
+        return Costs(calls, programs)
 
     def prepare(
         self,
@@ -258,6 +285,27 @@ class RemoteTarget:
         """
         self._group.request({"op": "check", "model": asdict(model), "options": asdict(options)})
 
+    def footprint(self, model: Model, options: Options, prompts: Sequence[Prompt], new_tokens: int) -> Footprint | None:
+        """What a request would compile, run and keep; None where the target does not tell.
+
+        Raises:
+            UsageError: the model or a prompt is not valid.
+            Unsupported: the target does not open models with these options.
+        """
+        reply = self._group.request(
+            {
+                "op": "footprint",
+                "model": asdict(model),
+                "options": asdict(options),
+                "prompts": [asdict(prompt) for prompt in prompts],
+                "new_tokens": new_tokens,
+            }
+        )
+        try:
+            return None if reply["footprint"] is None else Footprint.from_plain(reply["footprint"])
+        except (KeyError, TypeError) as error:
+            raise TargetMisspoke(f"footprint: the target answered {reply!r}") from error
+
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
         """Seconds of one pass of a ceiling probe, of the slowest rank."""
         replies = self._group.request_all({"op": "probe", "name": name, "shape": list(shape), "dtype": dtype})
@@ -314,7 +362,10 @@ class LibraryProcess:
         self, name: str, *, python: str | None = None, threads: int | None = None, limits: Limits | None = None
     ) -> None:
         self._group = Group(
-            ("--library", name, "--origin", origin(LIBRARIES, name)), python=python, threads=threads, limits=limits
+            ("--library", name, "--origin", origin(LIBRARIES, parse(name).kind)),
+            python=python,
+            threads=threads,
+            limits=limits,
         )
         try:
             self.library = RemoteLibrary(self._group.request)

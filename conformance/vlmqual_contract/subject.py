@@ -100,6 +100,7 @@ class RemoteLibrary:
         name: name of the library.
         version: its version.
         families: `model_type`s whose classes it has.
+        emulated: True when what it computes says nothing about a device.
         software: package names to versions.
     """
 
@@ -110,6 +111,7 @@ class RemoteLibrary:
         self.name = str(about["name"])
         self.version = str(about["version"])
         self.families: tuple[str, ...] = tuple(about["families"])
+        self.emulated = bool(about.get("emulated", False))
         self.software: dict[str, str] = about.get("software", {})
 
     def exists(self, name: str) -> bool:

@@ -63,11 +63,13 @@ class Info:
         capabilities: what is offered.
         families: `model_type`s that can be opened.
         processes: "one" when the device splits the work itself, "per-rank" when one process per rank does.
-        library: name of the library subject whose classes this target uses, or "" for none.
+        library: name of the library subject whose classes this target uses, with options where it takes any
+            (`name:key=value,...`); "" for none.
         software: package names to versions, for the record.
         driver: driver version, "" where there is none.
         compiler: compiler version, "" where there is none.
         emulated: True when no figure of this target says anything about a device.
+        fixed_shapes: True when the model runs in compiled functions of fixed shapes; sessions then have `costs`.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Info:
     driver: str = ""
     compiler: str = ""
     emulated: bool = False
+    fixed_shapes: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,49 @@ class Step(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call made of fixed shapes.
+
+    Attributes:
+        bucket: the sizes, in the target's own words.
+        asked: tokens that were asked for, of all rows; of vision pictures.
+        computed: tokens, or pictures, that were computed.
+        programs: names of the functions that were run.
+    """
+
+    bucket: str
+    asked: int
+    computed: int
+    programs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What it took until a compiled function could run, in seconds: making it, 0 where it was found; loading it."""
+
+    compile_s: float
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What fixed shapes cost a session.
+
+    Attributes:
+        calls: the latest call of each of "vision", "prefill" and "decode".
+        programs: functions by their names, since the model was opened.
+    """
+
+    calls: Mapping[str, Call] = field(default_factory=dict)
+    programs: Mapping[str, Program] = field(default_factory=dict)
+
+
 class Session(Protocol):
-    """An opened model. Any phase accepts tensors that the target did not make itself."""
+    """An opened model. Any phase accepts tensors that the target did not make itself.
+
+    A session of a target with `Info.fixed_shapes` also has `costs() -> Costs`.
+    """
 
     def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
         """Turn prompts into padded tensors, as the target's own processor does."""
@@ -206,7 +250,9 @@ class Target(Protocol):
         """Load a checkpoint.
 
         A target that also has `check(model, options) -> None` is asked before anything is started: it raises the same
-        UsageError as `open` would, from the configuration alone.
+        UsageError as `open` would, from the configuration alone. One that has
+        `footprint(model, options, prompts, new_tokens) -> vlmqual_contract.footprint.Footprint` tells what a request
+        would compile, run and keep, without loading weights.
 
         Raises:
             UsageError: the model cannot be opened in this way; says what is wrong before loading weights.
@@ -229,6 +275,8 @@ class Library(Protocol):
         name: name of the library.
         version: its version.
         families: `model_type`s whose documented classes this version has; requirements of others do not apply to it.
+
+    A library that runs over an emulator also has `emulated`, which is True.
     """
 
     name: str

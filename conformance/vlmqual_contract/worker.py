@@ -20,6 +20,7 @@ from typing import Any
 from vlmqual_contract import timing
 from vlmqual_contract.discovery import make_library, make_target
 from vlmqual_contract.errors import EXIT_OK, Unsupported, UsageError
+from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.subject import LibraryServer
 from vlmqual_contract.target import Features, Model, Options, Prompt, Session, Step, Target
 from vlmqual_contract.wire import Channel, Closed
@@ -88,6 +89,14 @@ class Server:
             check(Model(**body["model"]), Options(**body["options"]))
         return {}
 
+    def _do_footprint(self, body: dict[str, Any]) -> dict[str, Any]:
+        footprint = getattr(self.target, "footprint", None)  # optional: see target.Target.open
+        if footprint is None:
+            return {"footprint": None}
+        model, options = Model(**body["model"]), Options(**body["options"])
+        found: Footprint = footprint(model, options, _prompts(body["prompts"]), body["new_tokens"])
+        return {"footprint": found.plain()}
+
     def _do_close(self, body: dict[str, Any]) -> dict[str, Any]:
         self.close()
         return {}
@@ -119,6 +128,12 @@ class Server:
     def _do_synchronize(self, body: dict[str, Any]) -> dict[str, Any]:
         self.session.synchronize()
         return {}
+
+    def _do_costs(self, body: dict[str, Any]) -> dict[str, Any]:
+        costs = getattr(self.session, "costs", None)  # optional: see target.Session
+        if costs is None:
+            raise Unsupported("the target's sessions have no costs of fixed shapes to tell")
+        return asdict(costs())
 
     def _do_prepare(self, body: dict[str, Any]) -> dict[str, Any]:
         work = timing.Work(
@@ -246,7 +261,12 @@ class _Command:
                 server = Server(make_target(args.target, origins), None, {})
             else:
                 library = make_library(args.library, origins)
-                about = {"name": library.name, "version": library.version, "families": list(library.families)}
+                about = {
+                    "name": library.name,
+                    "version": library.version,
+                    "families": list(library.families),
+                    "emulated": getattr(library, "emulated", False),
+                }
                 server = Server(None, LibraryServer(library), about)
         except (UsageError, Unsupported, ImportError) as error:
             channel.receive()

@@ -38,15 +38,15 @@ class TransformersFeatures:
     @property
     def dtype(self) -> str:
         """Name of the dtype on the device."""
-        return _dtype_name(self.hidden)
+        return dtype_name(self.hidden)
 
     def arrays(self) -> Mapping[str, FloatArray]:
         """Copy out the tensor under its documented name."""
-        return {self.name: _numpy(self.hidden)}
+        return {self.name: as_numpy(self.hidden)}
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Copy out hidden states by component; empty unless the session was opened with taps."""
-        return {name: _numpy(value) for name, value in self.hidden_taps.items()}
+        return {name: as_numpy(value) for name, value in self.hidden_taps.items()}
 
 
 class TransformersStep:
@@ -76,7 +76,7 @@ class TransformersStep:
     @property
     def dtype(self) -> str:
         """Name of the dtype of the logits on the device."""
-        return _dtype_name(self._last)
+        return dtype_name(self._last)
 
     def tokens(self) -> IntArray:
         """Greedy next tokens (B,)."""
@@ -93,17 +93,50 @@ class TransformersStep:
             UsageError: every position is asked of a decode step.
         """
         if not all_positions:
-            return _numpy(self._last)
+            return as_numpy(self._last)
         if self._every is None:
             raise UsageError("logits of all positions exist after a prefill only, not after a decode step")
-        return _numpy(self._every)
+        return as_numpy(self._every)
 
     def taps(self) -> Mapping[str, FloatArray]:
         """Hidden states (B, S, D) by component; empty unless the session was opened with taps."""
-        return {name: _numpy(value) for name, value in self._taps.items()}
+        return {name: as_numpy(value) for name, value in self._taps.items()}
 
 
-class TransformersSession(ABC):
+class Processing:
+    """The library's processor of a checkpoint, read when it is first asked for.
+
+    Args:
+        library: the module transformers.
+        path: the checkpoint directory.
+    """
+
+    def __init__(self, library: Any, path: Path) -> None:
+        self._library = library
+        self._path = path
+        self._processor: Any = None
+
+    def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
+        """Read the image files with the library and run its processor; rows are padded as its tokenizer says."""
+        if self._processor is None:
+            self._processor = self._library.AutoProcessor.from_pretrained(str(self._path), local_files_only=True)
+        load_image = import_module("transformers.image_utils").load_image
+        images = [[load_image(str(name)) for name in prompt.images] for prompt in prompts]
+        made = self.call_processor(self._processor, prompts, images)
+        return {str(name): np.asarray(value.numpy()) for name, value in made.items() if hasattr(value, "numpy")}
+
+    def call_processor(self, processor: Any, prompts: Sequence[Prompt], images: list[list[Any]]) -> Mapping[str, Any]:
+        """The library's processor called with texts and the images that were read for them."""
+        made: Mapping[str, Any] = processor(
+            text=[prompt.text for prompt in prompts],
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+        )
+        return made
+
+
+class TransformersSession(Processing, ABC):
     """The contract's Session over one loaded model.
 
     Attributes:
@@ -114,13 +147,11 @@ class TransformersSession(ABC):
     features_name: str
 
     def __init__(self, torch: Any, library: Any, model: Any, path: Path, options: Options) -> None:
+        super().__init__(library, path)
         self.torch = torch
         self.model = model
         self.options = options
         self.forward_parameters = inspect.signature(model.forward).parameters
-        self._library = library
-        self._path = path
-        self._processor: Any = None
 
     # of the family ---------------------------------------------------------------------------------------------------
 
@@ -154,30 +185,11 @@ class TransformersSession(ABC):
         text = self.text_model
         return {f"text.layers.{index}": layer for index, layer in enumerate(text.layers)} | {"text.norm": text.norm}
 
-    def call_processor(self, processor: Any, prompts: Sequence[Prompt], images: list[list[Any]]) -> Mapping[str, Any]:
-        """The library's processor called with texts and the images that were read for them."""
-        made: Mapping[str, Any] = processor(
-            text=[prompt.text for prompt in prompts],
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-        )
-        return made
-
     def count_taps(self) -> dict[str, Any]:
         """Counters that belong to the taps of the step that was just made."""
         return {}
 
     # phases ----------------------------------------------------------------------------------------------------------
-
-    def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
-        """Read the image files with the library and run its processor; rows are padded as its tokenizer says."""
-        if self._processor is None:
-            self._processor = self._library.AutoProcessor.from_pretrained(str(self._path), local_files_only=True)
-        load_image = import_module("transformers.image_utils").load_image
-        images = [[load_image(str(name)) for name in prompt.images] for prompt in prompts]
-        made = self.call_processor(self._processor, prompts, images)
-        return {str(name): np.asarray(value.numpy()) for name, value in made.items() if hasattr(value, "numpy")}
 
     def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
         """Run the prompt through the text model with an empty cache; image features are merged by the library.
@@ -317,13 +329,13 @@ def synchronize(torch: Any, device: Any) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
-def _dtype_name(tensor: Any) -> str:
+def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _numpy(tensor: Any) -> FloatArray:
+def as_numpy(tensor: Any) -> FloatArray:
     """Copy out; what numpy cannot name is widened to float32."""
     tensor = tensor.detach().cpu()
-    if _dtype_name(tensor) not in ("float64", "float32", "float16"):
+    if dtype_name(tensor) not in ("float64", "float32", "float16"):
         tensor = tensor.float()
     return np.array(tensor.numpy())

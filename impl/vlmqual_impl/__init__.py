@@ -23,6 +23,21 @@ if TYPE_CHECKING:
     from vlmqual_impl.api.mllama_vision import MllamaVisionModel
     from vlmqual_impl.api.outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
     from vlmqual_impl.api.pretrained import PreTrainedModel
+    from vlmqual_impl.api.rbln import (
+        RBLNIdefics3ForConditionalGeneration,
+        RBLNIdeficsForVisionText2Text,
+        RBLNMllamaForConditionalGeneration,
+        RBLNModel,
+    )
+    from vlmqual_impl.api.rbln_config import (
+        RBLNCrossTextModelConfig,
+        RBLNIdefics3ForConditionalGenerationConfig,
+        RBLNIdeficsForVisionText2TextConfig,
+        RBLNMllamaForConditionalGenerationConfig,
+        RBLNModelConfig,
+        RBLNTextModelConfig,
+        RBLNVisionModelConfig,
+    )
     from vlmqual_impl.configs import (
         Idefics3Config,
         Idefics3VisionConfig,
@@ -74,6 +89,17 @@ _HOMES = {
     "ModelOutput": "vlmqual_impl.api.outputs",
     "PreTrainedModel": "vlmqual_impl.api.pretrained",
     "PretrainedConfig": "vlmqual_impl.configs",
+    "RBLNCrossTextModelConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNIdefics3ForConditionalGeneration": "vlmqual_impl.api.rbln",
+    "RBLNIdefics3ForConditionalGenerationConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNIdeficsForVisionText2Text": "vlmqual_impl.api.rbln",
+    "RBLNIdeficsForVisionText2TextConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNMllamaForConditionalGeneration": "vlmqual_impl.api.rbln",
+    "RBLNMllamaForConditionalGenerationConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNModel": "vlmqual_impl.api.rbln",
+    "RBLNModelConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNTextModelConfig": "vlmqual_impl.api.rbln_config",
+    "RBLNVisionModelConfig": "vlmqual_impl.api.rbln_config",
 }
 
 __all__ = [
@@ -114,6 +140,17 @@ __all__ = [
     "ModelOutput",
     "PreTrainedModel",
     "PretrainedConfig",
+    "RBLNCrossTextModelConfig",
+    "RBLNIdefics3ForConditionalGeneration",
+    "RBLNIdefics3ForConditionalGenerationConfig",
+    "RBLNIdeficsForVisionText2Text",
+    "RBLNIdeficsForVisionText2TextConfig",
+    "RBLNMllamaForConditionalGeneration",
+    "RBLNMllamaForConditionalGenerationConfig",
+    "RBLNModel",
+    "RBLNModelConfig",
+    "RBLNTextModelConfig",
+    "RBLNVisionModelConfig",
 ]
 
 

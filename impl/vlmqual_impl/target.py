@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmqual_contract.errors import UsageError
+from vlmqual_contract.errors import Unsupported, UsageError
+from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.target import (
     Array,
     Capability,
@@ -125,6 +126,29 @@ class EagerTarget:
             UsageError: unknown family, another family's checkpoint, or heads that do not divide by the ranks.
         """
         checked(model, options)
+
+    def footprint(self, model: Model, options: Options, prompts: Sequence[Prompt], new_tokens: int) -> Footprint:
+        """See `vlmqual_contract.target.Target`."""
+        import torch
+
+        from vlmqual_contract import machine
+        from vlmqual_impl.runtime.graphs import Shapes
+        from vlmqual_impl.target_footprint import UNCOUNTED, outline
+
+        shapes = Shapes(options.max_length, options.max_length, (len(prompts),), images=())
+        found = outline(
+            model, options, prompts, new_tokens, dtype=self._dtype, attention=self._attention, shapes=shapes
+        )
+        memory = machine.memory_bytes() or None
+        notes = [f"nothing is compiled: operations run one by one; {UNCOUNTED}"]
+        if self._device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self._device).total_memory
+        elif options.tp > 1:
+            notes.append("the ranks share one machine's memory")
+            memory = memory and memory // options.tp
+        return Footprint(
+            (), options.tp, found.whole_bytes, found.recorder.cache_bytes // options.tp, memory, found.tokens, (*notes,)
+        )
 
     def _join(self, rank: int) -> torch.device:
         """Meet the other ranks; the device of this one."""
@@ -361,22 +385,49 @@ class EagerStep:
 
 
 class BundledLibrary:
-    """The package `vlmqual_impl` as a library subject."""
+    """The package `vlmqual_impl` as a library subject; with `emulate=1` its RBLN classes run over the emulator.
+
+    Attributes:
+        name: "vlmqual_impl".
+        version: its version.
+        families: all of them.
+        emulated: True over the emulator.
+    """
 
     name = "vlmqual_impl"
     families = FAMILIES
 
-    def __init__(self) -> None:
+    def __init__(self, emulate: str = "0") -> None:
+        """Put the emulator in the SDK's place where that is asked for.
+
+        Raises:
+            UsageError: `emulate` is neither "0" nor "1", or the emulator refuses.
+        """
+        one_of("emulate", emulate, ("0", "1"))
         self.version = package_version("vlmqual")
+        self.emulated = emulate == "1"
+        if self.emulated:
+            from vlmqual_rebel import EmulatorError, install
+
+            try:
+                install()
+            except EmulatorError as error:
+                raise UsageError(f"emulate=1: {error}") from error
 
     def resolve(self, name: str) -> Any:
         """The object called `name` in the package root.
 
         Raises:
             AttributeError: there is no such object.
+            Unsupported: it is a class for RBLN's NPUs, and there is neither SDK nor emulator.
         """
         import vlmqual_impl
 
+        if name.startswith("RBLN") and not package_version("rebel-compiler"):
+            raise Unsupported(
+                f"{name} needs rebel-compiler, which is not installed; the library vlmqual_impl:emulate=1 runs it over "
+                "an emulator"
+            )
         return getattr(vlmqual_impl, name)
 
     def to_array(self, value: Any) -> Array | None:

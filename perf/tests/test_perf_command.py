@@ -184,7 +184,70 @@ def test_an_emulated_target_is_refused_unless_rehearsed_and_then_marked(tmp_path
     assert perf(tmp_path, "--phases", "prefill", "--rehearse", target=f"{TRUTH}:bad=emulated") == EXIT_OK
     run, found = rows(tmp_path)
     assert found["prefill/tp1"].checks["rehearsal"] is True
+    assert found["prefill/tp1"].checks["emulated"] is True
     assert run.header.plan["rehearsal"] is True
+    assert run.header.info["emulated"] is True
+
+
+def test_every_figure_of_a_rehearsal_is_marked_where_it_is_printed(tmp_path, capsys):
+    assert perf(tmp_path, "--rehearse", target=f"{TRUTH}:bad=emulated") == EXIT_OK
+    text = capsys.readouterr().out
+    cells = [line for line in text.splitlines() if line.startswith("[")]
+    assert len(cells) == 6
+    assert all(" ms emulated" in line for line in cells), "a figure is printed without its mark"
+    listed = [line for line in text.splitlines() if line.startswith("idefics3-photo ")]
+    assert len(listed) == 6
+    assert all(line.rstrip().endswith("emulated") for line in listed), "the table shows a figure without its mark"
+
+
+def test_a_rehearsal_of_a_real_target_is_called_one(tmp_path, capsys):
+    assert perf(tmp_path, "--phases", "prefill", "--rehearse") == EXIT_OK
+    _, found = rows(tmp_path)
+    assert "emulated" not in found["prefill/tp1"].checks
+    assert " ms rehearsal" in capsys.readouterr().out
+
+
+def test_fixed_shapes_tell_their_bucket_padding_and_compile_time(tmp_path, capsys):
+    assert perf(tmp_path, target=f"{TRUTH}:bad=fixed") == EXIT_OK
+    _, found = rows(tmp_path)
+    text = capsys.readouterr().out
+    for phase in ("prefill", "ttft"):
+        checks = found[f"{phase}/tp1"].checks
+        assert (checks["bucket"], checks["asked"], checks["computed"]) == ("b1 c16 x 1", 4, 16)
+    assert found["decode/tp1"].checks["bucket"] == "b1"
+    assert found["vision/tp1"].checks["bucket"] == "1 x 2"
+    assert "bucket" not in found["preprocess/tp1"].checks
+    compiled = found["compile/tp1"]
+    # see 0.5 + 0.25, read 0 + 0.125, write 1 + 0.0625; the spare one is no part of the request.
+    assert compiled.values_s == ((1.9375,),)
+    assert (compiled.checks["compile_s"], compiled.checks["load_s"]) == (1.5, 0.4375)
+    assert "2 of 3 functions compiled in 1.5 s, all loaded in 0.438 s" in compiled.reason
+    (prefill,) = [
+        line.split() for line in text.splitlines() if line.startswith("idefics3-photo ") and "prefill" in line
+    ]
+    assert prefill[-6:] == ["b1", "c16", "x", "1", "75", "%"]
+
+
+def test_a_target_of_free_shapes_has_nothing_to_compile(tmp_path, capsys):
+    assert perf(tmp_path, "--phases", "compile") == EXIT_USAGE
+    assert "has nothing to measure in compile" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_costs_that_cannot_be_true_fail_their_cell(tmp_path):
+    assert perf(tmp_path, "--phases", "prefill", target=f"{TRUTH}:bad=fixed-less") == EXIT_FAILED
+    _, found = rows(tmp_path)
+    assert "computes less than is asked for" in found["prefill/tp1"].reason
+
+
+def test_several_targets_are_measured_in_one_run_with_a_file_each(tmp_path, capsys):
+    other = ["--target", f"{TRUTH}:bad=fixed"]
+    assert perf(tmp_path, "--phases", "prefill", *other) == EXIT_OK
+    found = {run.header.subject: run for run in runs(tmp_path / "results")}
+    assert set(found) == {TRUTH, f"{TRUTH}:bad=fixed"}
+    assert all(run.complete for run in found.values())
+    assert perf(tmp_path, *other, "--benchmark-json", str(tmp_path / "b.json")) == EXIT_USAGE
+    assert "--benchmark-json is for one target; 2 are given" in capsys.readouterr().err
 
 
 def test_pytest_benchmark_gets_exactly_the_measured_values(tmp_path, capsys, monkeypatch):
@@ -271,9 +334,12 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, arguments, sentence)
     assert error.count("\n") == 1
 
 
-def test_a_dry_run_lists_the_cells_and_starts_nothing(tmp_path, capsys):
-    assert perf(tmp_path, "--tp", "1,2", "--dry-run", target="no-such-target") == EXIT_OK
+def test_a_dry_run_lists_the_cells_and_opens_no_model(tmp_path, capsys):
+    log = tmp_path / "log"
+    assert perf(tmp_path, "--tp", "1,2", "--dry-run", target=f"{TRUTH}:log={log},bad=crash") == EXIT_OK
     text = capsys.readouterr().out
     assert "12 cells" in text
     assert "idefics3-photo/decode/tp2" in text
+    assert "idefics3-photo, tensor-parallel size 2" in text
     assert not (tmp_path / "results").exists()
+    assert not log.exists()

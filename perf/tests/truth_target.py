@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmqual_contract.errors import UsageError
-from vlmqual_contract.target import Capability, Info
+from vlmqual_contract.target import Call, Capability, Costs, Info, Program
 
 VOCABULARY = 13
 SECONDS = {"preprocess": 0.002, "vision": 0.003, "prefill": 0.004, "decode": 0.001}
@@ -51,6 +51,15 @@ class TruthStep:
 
     def taps(self):
         return {}
+
+
+#: Seconds of compiling and loading: two functions of the text and one of vision; one of them was found on disk.
+PROGRAMS = {
+    "see": Program(0.5, 0.25),
+    "read": Program(0.0, 0.125),
+    "write": Program(1.0, 0.0625),
+    "spare": Program(8, 8),
+}
 
 
 class TruthSession:
@@ -112,6 +121,18 @@ class TruthSession:
         return TruthStep(self, state)
 
 
+class FixedSession(TruthSession):
+    """Tells what functions of fixed shapes cost; 4 prompt tokens go into a bucket of 16."""
+
+    def costs(self):
+        calls = {
+            "vision": Call("1 x 2", 2, 2, ("see",)),
+            "prefill": Call("b1 c16 x 1", 4, 3 if self.bad == "fixed-less" else 16, ("read",)),
+            "decode": Call("b1", 1, 1, ("write",)),
+        }
+        return Costs(calls, PROGRAMS)
+
+
 class Truth:
     def __init__(self, dtype="float32", bad="", log=""):
         if dtype not in ("float32", "float64") or (bad == "only32" and dtype != "float32"):
@@ -127,6 +148,7 @@ class Truth:
             families=("idefics3",),
             processes="per-rank",
             emulated=bad == "emulated",
+            fixed_shapes=bad.startswith("fixed"),
         )
 
     def check(self, model, options):
@@ -135,7 +157,7 @@ class Truth:
 
     @contextmanager
     def open(self, model, options):
-        yield TruthSession(self, options)
+        yield (FixedSession if self.info.fixed_shapes else TruthSession)(self, options)
 
     def probe(self, name, shape, dtype):
         return 1.0

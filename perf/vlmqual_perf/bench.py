@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlmqual_contract import sensors
 from vlmqual_contract.errors import TargetFailure, TargetMisspoke, TargetRaised, Unsupported, UsageError
 from vlmqual_contract.records import Measurement
 from vlmqual_contract.remote import RemoteSession, RemoteTarget, Repeated
@@ -91,14 +92,20 @@ class Bench:
         inputs = self._tensors(scenario)
         config = config_of(model_of(scenario, self._checkpoint))
         row = replace(row, shape=shape_of(scenario, inputs, config))
+        if cell.phase == "compile":
+            return _compiled(row, session, inputs, scenario)
         work = session.prepare(cell.phase, prompts=prompts_of(scenario), inputs=inputs, steps=scenario.new_tokens)
         warmup, warm = self._warm(session, work)
+        before = sensors.readings()
         counted, digests = self._count(session, work)
         values = statistics.medians(counted)
         state, reason = _state(values, warm)
         if len(set(digests)) > 1:
             state, reason = "failed", "repetitions of the same request generated different tokens"
-        more = {"warmups": len(warmup), "resolution": statistics.resolution(values)}
+        more: dict[str, Any] = {"warmups": len(warmup), "resolution": statistics.resolution(values)}
+        if before:
+            more["devices"] = {"before": before, "after": sensors.readings()}
+        more |= self._bucket(session, cell.phase)
         return replace(
             row,
             values_s=tuple(map(tuple, counted)),
@@ -108,6 +115,13 @@ class Bench:
             tokens_digest=digests[-1],
             checks={**row.checks, **more},
         )
+
+    def _bucket(self, session: RemoteSession, phase: str) -> dict[str, Any]:
+        """Into which fixed shapes the latest call of a phase went, where a target has such."""
+        if not self.target.info.fixed_shapes:
+            return {}
+        call = session.costs().calls.get("prefill" if phase == "ttft" else phase)
+        return {} if call is None else {"bucket": call.bucket, "asked": call.asked, "computed": call.computed}
 
     def answer(self, scenario: Scenario, tokens: IntArray | None) -> Repeated:
         """One decode with logits: greedy, or with the tokens (B, 1 + steps) of an earlier answer forced.
@@ -182,6 +196,20 @@ class Bench:
         if isinstance(found, TargetFailure | Unsupported | UsageError):
             raise found
         return found
+
+
+def _compiled(row: Measurement, session: RemoteSession, inputs: Inputs, scenario: Scenario) -> Measurement:
+    """How long the functions of a request took to be there, by what the session says of each."""
+    session.repeat(session.prepare("decode", inputs=inputs, steps=1))
+    costs = session.costs()
+    kinds = ("vision", "prefill", "decode") if scenario.images else ("prefill", "decode")
+    names = dict.fromkeys(name for kind in kinds if kind in costs.calls for name in costs.calls[kind].programs)
+    programs = [costs.programs[name] for name in names]
+    compile_s, load_s = sum(one.compile_s for one in programs), sum(one.load_s for one in programs)
+    made = sum(one.compile_s > 0 for one in programs)
+    said = f"{made} of {len(programs)} functions compiled in {compile_s:.3g} s, all loaded in {load_s:.3g} s; one value"
+    more = {"functions": len(programs), "compiled": made, "compile_s": compile_s, "load_s": load_s}
+    return replace(row, values_s=((compile_s + load_s,),), state="noisy", reason=said, checks={**row.checks, **more})
 
 
 def _state(values: Any, warm: bool) -> tuple[State, str]:

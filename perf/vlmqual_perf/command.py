@@ -19,6 +19,8 @@ from vlmqual_contract.records import Header, Measurement, Writer
 from vlmqual_contract.remote import RemoteTarget
 from vlmqual_contract.scenario import Scenario, load_scenarios, select
 from vlmqual_contract.target import Capability, Info, Options
+from vlmqual_perf import outline
+from vlmqual_perf.bench import POSITIONS
 from vlmqual_perf.front import Front, show
 from vlmqual_perf.plan import PHASES, Cell, cells, model_of
 from vlmqual_perf.progress import Reporter, table
@@ -31,7 +33,7 @@ class _Command:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         add = parser.add_argument
-        add("--target", default="eager", metavar="T", help="target string (default: eager)")
+        add("--target", action="append", metavar="T", help="target string; may be repeated (default: eager)")
         add(
             "--tp",
             default="1",
@@ -48,7 +50,8 @@ class _Command:
         add("--timeout", type=float, default=120.0, metavar="S", help="seconds for one answer of the target (120)")
         add("--python", metavar="PATH", help="interpreter of the environment that the target lives in")
         add("--fresh", action="store_true", help="do not continue an unfinished run")
-        add("--dry-run", action="store_true", help="only print what would be measured")
+        add("--dry-run", action="store_true", help="only print what would be measured, compiled and kept")
+        add("--device-memory", type=float, metavar="GIB", help="memory of a device, for --dry-run")
         add("--rehearse", action="store_true", help="run an emulated target too; every row is marked as a rehearsal")
         front = parser.add_argument_group("pytest-benchmark", "the measured values through its table and files")
         front.add_argument("--benchmark-json", type=Path, metavar="FILE", help="write its JSON")
@@ -58,22 +61,36 @@ class _Command:
         front.add_argument("--benchmark-storage", metavar="URI", help="where its saved runs are")
 
     def run(self, args: argparse.Namespace) -> int:
+        """One target after the other; the worst of their exit codes."""
+        targets: list[str] = args.target or ["eager"]
+        front = [name for name, value in vars(args).items() if name.startswith("benchmark_") and value is not None]
+        if len(targets) > 1 and front:
+            raise UsageError(f"--{front[0].replace('_', '-')} is for one target; {len(targets)} are given")
+        return max(self._one(argparse.Namespace(**{**vars(args), "target": target})) for target in targets)
+
+    def _one(self, args: argparse.Namespace) -> int:
         """Plan, check, measure, show."""
         for name in ("repeats", "cell_seconds", "timeout"):
             if not (0 < getattr(args, name) < float("inf")):
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive and finite")
+        if args.device_memory is not None and not (0 < args.device_memory < float("inf")):
+            raise UsageError(f"--device-memory {args.device_memory} is not positive and finite")
         if args.results.exists() and not args.results.is_dir():
             raise UsageError(f"results directory {args.results} is no directory")
         sizes = _numbers(args.tp)
         scenarios = select(load_scenarios(fixtures.file("scenarios.toml")), args.suite)
         if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
             raise UsageError(f"--checkpoint {args.checkpoint} has no config.json")
-        plan = cells(scenarios, [phase for phase in args.phases.split(",") if phase], sizes)
+        phases = [phase for phase in args.phases.split(",") if phase]
+        plan = cells(scenarios, phases, sizes)
         threads = args.threads if args.threads is not None else max(1, machine.cores() // max(sizes))
         if threads < 1:
             raise UsageError(f"--threads {threads} is not positive")
         if args.dry_run:
-            _print_plan(plan, threads)
+            memory = None if args.device_memory is None else int(args.device_memory * 2**30)
+            with RemoteTarget(args.target, python=args.python, limits=Limits(call_s=args.timeout)) as target:
+                _print_plan(cells(scenarios, phases, sizes, fixed_shapes=target.info.fixed_shapes), threads)
+                outline.show(target, scenarios, sizes, args.checkpoint, memory, POSITIONS, Console(highlight=False))
             return EXIT_OK
         front = Front(
             args.benchmark_json,
@@ -85,6 +102,10 @@ class _Command:
         front.check()
         limits = Limits(call_s=args.timeout)
         info = _check(args, scenarios, sizes, limits)
+        if info.fixed_shapes:
+            plan = cells(scenarios, phases, sizes, fixed_shapes=True)
+        if not plan:
+            raise UsageError(f"target {args.target!r} has nothing to measure in {', '.join(phases)}")
         header = Header(
             kind="perf",
             subject=args.target,
@@ -117,6 +138,7 @@ class _Command:
             cell_s=args.cell_seconds,
             checkpoint=args.checkpoint,
             rehearse=args.rehearse,
+            emulated=info.emulated,
         )
         return _measure(plan, settings, Writer.start(args.results, header, fresh=args.fresh), front)
 

@@ -15,7 +15,7 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_contract.scenario import Scenario
 from vlmqual_contract.target import Inputs, Model, Prompt
 
-PHASES = ("load", "preprocess", "vision", "prefill", "decode", "ttft")
+PHASES = ("load", "compile", "preprocess", "vision", "prefill", "decode", "ttft")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class Cell:
         return f"{self.scenario.id}/{self.phase}/tp{self.tp}"
 
 
-def cells(scenarios: Iterable[Scenario], phases: Sequence[str], sizes: Sequence[int]) -> list[Cell]:
+def cells(
+    scenarios: Iterable[Scenario], phases: Sequence[str], sizes: Sequence[int], *, fixed_shapes: bool = False
+) -> list[Cell]:
     """All cells in the order in which they are run: by size, then scenario, then phase in the data's order.
 
-    Loading is measured once for each checkpoint and size; a scenario without images has no vision phase.
+    Loading is measured once for each checkpoint and size; a scenario without images has no vision phase, and only a
+    target with fixed shapes compiles.
 
     Raises:
         UsageError: a phase is unknown or a size is not positive.
@@ -51,7 +54,7 @@ def cells(scenarios: Iterable[Scenario], phases: Sequence[str], sizes: Sequence[
         loaded: set[str] = set()
         for scenario in scenarios:
             for phase in (phase for phase in PHASES if phase in phases):
-                if phase == "vision" and not scenario.images:
+                if (phase == "vision" and not scenario.images) or (phase == "compile" and not fixed_shapes):
                     continue
                 if phase == "load":
                     if scenario.checkpoint in loaded:

@@ -48,7 +48,7 @@ class Reporter:
             return
         self._done += 1
         self._bar.update(self._task, completed=self._done)
-        said = f"{milliseconds(row)} ms" if row.values_s else "no value"
+        said = f"{milliseconds(row)} ms{_mark(row)}" if row.values_s else "no value"
         tail = "" if row.state == "valid" else f"  {row.state}: {row.reason}"
         if not self.console.is_terminal or row.state == "failed":
             self.console.print(f"[{self._done}/{self._total}] {row.case}  {said}{tail}", soft_wrap=True, markup=False)
@@ -68,16 +68,21 @@ def milliseconds(row: Measurement) -> str:
 
 
 def table(rows: Sequence[Measurement], console: Console) -> None:
-    """Medians, by scenario and phase over tensor-parallel sizes."""
+    """Medians, by scenario and phase over tensor-parallel sizes; buckets and padding of fixed shapes."""
     sizes = sorted({row.tp for row in rows})
     shown = Table(title="median in ms", title_justify="left", box=None, pad_edge=False)
     shown.add_column("scenario", overflow="fold")
     shown.add_column("phase")
     for size in sizes:
         shown.add_column(f"TP={size}", justify="right")
+    fixed = any("bucket" in row.checks for row in rows)
+    if fixed:
+        shown.add_column("bucket")
+        shown.add_column("padding", justify="right")
     found = {(row.scenario, row.phase, row.tp): row for row in rows}
     for scenario, phase in dict.fromkeys((row.scenario, row.phase) for row in rows):
-        shown.add_row(scenario, phase, *[_cell(found.get((scenario, phase, size))) for size in sizes])
+        same = [found.get((scenario, phase, size)) for size in sizes]
+        shown.add_row(scenario, phase, *[_cell(row) for row in same], *(_padding(same) if fixed else ()))
     console.print(shown)
     marks = {row.state for row in rows} - {"valid"}
     if marks:
@@ -89,4 +94,19 @@ def _cell(row: Measurement | None) -> str:
         return "-"
     if row.state == "failed":
         return "FAILED"
-    return milliseconds(row) + {"noisy": " ~", "not-steady": " !"}.get(row.state, "")
+    return milliseconds(row) + {"noisy": " ~", "not-steady": " !"}.get(row.state, "") + _mark(row)
+
+
+def _mark(row: Measurement) -> str:
+    """What follows a figure that says nothing about a device."""
+    if row.checks.get("emulated"):
+        return " emulated"
+    return " rehearsal" if row.checks.get("rehearsal") else ""
+
+
+def _padding(rows: Sequence[Measurement | None]) -> tuple[str, str]:
+    """The bucket, and the share of what was computed that nobody asked for."""
+    for row in rows:
+        if row is not None and "bucket" in row.checks:
+            return str(row.checks["bucket"]), f"{100 * (1 - row.checks['asked'] / row.checks['computed']):.0f} %"
+    return "", ""

@@ -32,6 +32,7 @@ class Settings:
         cell_s: seconds after which no further repetition is begun beyond that, warm-up and counting each.
         checkpoint: the user's own checkpoint instead of the scenarios'.
         rehearse: run emulated targets too and mark every row.
+        emulated: the target is one.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Settings:
     cell_s: float = 1.5
     checkpoint: Path | None = None
     rehearse: bool = False
+    emulated: bool = False
 
 
 class Runner:
@@ -96,7 +98,8 @@ class Runner:
                     except Failures as failure:  # what was measured is kept
                         row = replace(row, state="failed", reason=f"cannot be compared with TP=1: {failure}")
                 if self._settings.rehearse:
-                    row = replace(row, checks={**row.checks, "rehearsal": True})
+                    marks = {"rehearsal": True, **({"emulated": True} if self._settings.emulated else {})}
+                    row = replace(row, checks={**row.checks, **marks})
                 self._writer.add(row)
                 self._progress(cell, row)
 

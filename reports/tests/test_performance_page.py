@@ -235,3 +235,40 @@ def test_ids_inside_the_plots_are_unique_in_the_page(book, make_measurement):
     used = re.findall(r"url\(#([^)]+)\)", book.html())
     assert used
     assert set(used) <= set(ids), "a plot refers to an id that the page does not have"
+
+
+def test_buckets_and_padding_stand_beside_the_phases_of_fixed_shapes(book, make_measurement):
+    fixed = {"bucket": "b2 c128 x 1", "asked": 64, "computed": 256}
+    rows = [make_measurement("vision", [[0.02]]), make_measurement("prefill", [[0.03]], checks=fixed)]
+    book.write(book.header("perf"), rows)
+    assert lines(book)["prefill", 1].padding == pytest.approx(0.75)
+    assert lines(book)["vision", 1].padding is None
+    table = next(rows for node in book.page().all("table") if "bucket" in (rows := node.rows())[0])
+    head, *body = table
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    assert (shown["prefill"]["bucket"], shown["prefill"]["padding"]) == ("b2 c128 x 1", "75 %")
+    assert (shown["vision"]["bucket"], shown["vision"]["padding"]) == ("", "")
+    text = book.markdown()
+    assert "| tokens/s | bucket | padding | state |" in text
+    assert "| b2 c128 x 1 | 75 % |" in text
+    start = text.index("| phase | TP |")
+    assert len({row.count("|") for row in text[start:].split("\n\n")[0].splitlines()}) == 1, "rows of unequal width"
+
+
+def test_free_shapes_have_no_column_for_buckets(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("prefill", [[0.03]])])
+    assert "bucket" not in book.page().by_id("performance").text
+    assert "bucket" not in book.markdown()
+
+
+@pytest.mark.parametrize("where", ["info", "plan"])
+def test_every_figure_of_an_emulated_run_carries_the_word(book, make_measurement, where):
+    header = book.header("perf")
+    given = {**getattr(header, where), "emulated" if where == "info" else "rehearsal": True}
+    cells = [make_measurement("prefill", [[0.0321], [0.0321]]), make_measurement("decode", [[0.0123, 0.0123]])]
+    book.write(book.header("perf", **{where: given}), cells)
+    for text in (book.page().by_id("performance").text, book.markdown().partition("## Performance")[2]):
+        figures = re.findall(r"(?:32\.10|12\.30|81\.3)( emulated)?", text)
+        assert len(figures) >= 10, "the figures are not found on the page"
+        assert all(figures), "a figure stands there without its mark"
+    assert "say nothing about a device" in book.markdown()

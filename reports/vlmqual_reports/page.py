@@ -167,18 +167,20 @@ def plain(value: object) -> Markup:
     return Markup(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(escape(text))).replace("&\\#", "&#"))
 
 
-def ms(value: float | None) -> str:
-    """Milliseconds with at least three significant digits, a dash for None."""
+def ms(value: float | None, mark: str = "") -> str:
+    """Milliseconds with at least three significant digits and what follows them, a dash for None."""
     if value is None:
         return DASH
     size = abs(value)
     digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.1 else 5
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}{mark}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, a dash for None."""
-    return DASH if value is None else f"{value:.{digits}g}" if abs(value) < 10 ** (digits + 1) else f"{value:,.0f}"
+def number(value: float | None, digits: int = 3, mark: str = "") -> str:
+    """A number with so many significant digits and what follows it, a dash for None."""
+    if value is None:
+        return DASH
+    return (f"{value:.{digits}g}" if abs(value) < 10 ** (digits + 1) else f"{value:,.0f}") + mark
 
 
 def fact(value: object, name: str = "") -> str:

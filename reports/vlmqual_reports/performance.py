@@ -47,6 +47,8 @@ class Line:
         tokens_per_s: batch divided by the median time per output token; TPOT only.
         state: the measurement's verdict on itself.
         reason: one sentence for anything but valid.
+        bucket: fixed shapes that the request went into, "" where shapes are free.
+        padding: share of what was computed there that nobody asked for.
     """
 
     phase: str
@@ -61,6 +63,8 @@ class Line:
     tokens_per_s: float | None
     state: str
     reason: str
+    bucket: str = ""
+    padding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class Block:
     def phases(self) -> tuple[str, ...]:
         """The phases that were tried, in order of a request."""
         return tuple(dict.fromkeys(cell.phase for cell in self.cells))
+
+    @property
+    def fixed(self) -> bool:
+        """True when a request went into fixed shapes."""
+        return any(line.bucket for line in self.lines)
 
     @property
     def tables(self) -> tuple[tuple[str, tuple[Line, ...]], ...]:
@@ -240,7 +249,16 @@ def _line(
         tokens_per_s=cell.batch / median if rate and median and cell.state != "failed" else None,
         state=cell.state,
         reason=cell.reason,
+        bucket=str(cell.checks.get("bucket", "")),
+        padding=_padding(cell),
     )
+
+
+def _padding(cell: Measurement) -> float | None:
+    asked, computed = (cell.checks.get(name) for name in ("asked", "computed"))
+    if not isinstance(asked, int) or not isinstance(computed, int) or computed < 1:
+        return None
+    return 1 - asked / computed
 
 
 def _speedup(

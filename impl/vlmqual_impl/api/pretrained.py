@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -103,7 +103,7 @@ class PreTrainedModel(nn.Module):
         """A model with random weights; `torch_dtype` or `dtype` and `attn_implementation` as in `from_pretrained`."""
         chosen = _options(cls.__name__, kwargs)
         model = cls(config)
-        dtype = _dtype(chosen.get("torch_dtype", chosen.get("dtype")), torch.float32)
+        dtype = parsed_dtype(chosen.get("torch_dtype", chosen.get("dtype")), torch.float32)
         _attention(model, chosen)
         return model.to(device=_device(chosen), dtype=dtype)
 
@@ -152,7 +152,7 @@ class PreTrainedModel(nn.Module):
             model,
             directory,
             rename=cls.rename,
-            dtype=_dtype(asked, torch.float32),  # IDEFICS3-LM-017
+            dtype=parsed_dtype(asked, torch.float32),  # IDEFICS3-LM-017
             device=_device(chosen),
         )
         _attention(model, chosen)
@@ -245,16 +245,8 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: an unknown or unoffered setting, or inputs that do not fit.
         """
-        given = {key: kwargs.pop(key) for key in self.inputs if key in kwargs}
-        tensors = {key: value for key, value in given.items() if value is not None}
-        features = kwargs.pop(self.features, None) if self.features else None
-        if inputs is not None:
-            tensors["input_ids"] = inputs
-        if "input_ids" not in tensors and "inputs_embeds" not in tensors:
-            raise ValueError("generate needs input_ids or inputs_embeds")
-        if features is not None and "pixel_values" in tensors:
-            raise ValueError(f"pixel_values and {self.features} are both given; one of them is enough")
-        settings = (generation_config or self.generation_config).changed(kwargs)
+        base = generation_config or self.generation_config
+        tensors, features, settings = read_request(self.inputs, self.features, base, inputs, kwargs)
         if seed is not None:
             if generator is not None:
                 raise ValueError("seed and generator are both given; one of them is enough")
@@ -267,6 +259,41 @@ class PreTrainedModel(nn.Module):
             )
         finally:
             self.train(was_training)
+
+
+def read_request(
+    names: Sequence[str],
+    features_name: str,
+    base: GenerationConfig,
+    inputs: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], Tensor | None, GenerationConfig]:
+    """What `generate` was given.
+
+    Args:
+        names: the model's inputs.
+        features_name: documented name of image features, "" where there are none.
+        base: settings that `kwargs` change.
+        inputs: `input_ids` by position.
+        kwargs: inputs and settings.
+
+    Returns:
+        inputs that are not None, image features, settings.
+
+    Raises:
+        ValueError: there are no tokens, images are given twice, or a setting is not known or not offered.
+    """
+    rest = dict(kwargs)
+    given = {key: rest.pop(key) for key in names if key in rest}
+    tensors = {key: value for key, value in given.items() if value is not None}
+    features = rest.pop(features_name, None) if features_name else None
+    if inputs is not None:
+        tensors["input_ids"] = inputs
+    if "input_ids" not in tensors and "inputs_embeds" not in tensors:
+        raise ValueError("generate needs input_ids or inputs_embeds")
+    if features is not None and "pixel_values" in tensors:
+        raise ValueError(f"pixel_values and {features_name} are both given; one of them is enough")
+    return tensors, features, base.changed(rest)
 
 
 def default_generation(config: PretrainedConfig) -> GenerationConfig:
@@ -306,7 +333,12 @@ def _options(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
-def _dtype(value: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
+def parsed_dtype(value: torch.dtype | str | None, default: torch.dtype = torch.float32) -> torch.dtype:
+    """A floating-point dtype or its name; the default for None.
+
+    Raises:
+        ValueError: it is neither.
+    """
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if found is None and value is None:
         return default

@@ -11,7 +11,8 @@ from vlmqual_perf import replay
 def test_cell(row: Measurement, benchmark: Any) -> None:
     """Replay the recorded values of one cell: a round for each repetition, for decode a round for each step."""
     values = [value for steps in row.values_s for value in steps]
-    benchmark.group = f"{row.scenario}/{row.phase}"
+    rehearsal = bool(row.checks.get("rehearsal", False))
+    benchmark.group = f"{row.scenario}/{row.phase}" + (" (rehearsal)" if rehearsal else "")
     benchmark.extra_info.update(
         scenario=row.scenario,
         phase=row.phase,
@@ -19,7 +20,7 @@ def test_cell(row: Measurement, benchmark: Any) -> None:
         batch=row.batch,
         dtype=row.dtype,
         state=row.state,
-        rehearsal=bool(row.checks.get("rehearsal", False)),
+        rehearsal=rehearsal,
         shape=dict(row.shape),
         tokens_digest=row.tokens_digest,
     )
