@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_objects import CHECKPOINTS, ModuleEngine, both, repeated, request
+from graph_objects import CHECKPOINTS, ModuleEngine, both, held, repeated, request
 from torch import Tensor
 
 from vlmqual_impl.runtime.base import Sequences
@@ -29,6 +29,14 @@ def generated(runtime: Any, inputs: dict[str, Tensor], steps: int, max_length: i
         sequences = runtime.decode(sequences, logits[-1].argmax(-1))
         logits.append(sequences.logits)
     return torch.stack(logits), start
+
+
+@pytest.mark.parametrize("case", ["photo-whole", "masked-pixels"])
+def test_pictures_are_in_the_dtype_that_is_compiled(case: str) -> None:
+    graphs, _ = both("idefics3-tiny", torch.bfloat16)
+    for picture in graphs.pictures(request("idefics3", case)):
+        held(graphs.vision(picture).inputs, picture)
+        assert [tensor.dtype for tensor in picture] == [torch.bfloat16, torch.int64, torch.bfloat16]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

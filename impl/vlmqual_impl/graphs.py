@@ -228,11 +228,10 @@ class Idefics3Graphs(Graphs):
         """Pixels, rows of the position table and what hides masked patches, of each real frame."""
         trunk, kind = self.model.model, self.eager.dtype
         frames, mask = idefics3.checked_frames(trunk, inputs["pixel_values"], inputs.get("pixel_attention_mask"))
+        frames = frames.to(kind)
         ids, bias = trunk.vision_model.places(frames, mask)
-        return [
-            (frames[i : i + 1].to(kind), ids[i : i + 1], torch.zeros(1, 1, 1, ids.shape[1]).to(kind) + b)
-            for i, b in enumerate(bias if bias is not None else [torch.zeros((), dtype=kind)] * len(frames))
-        ]
+        hidden = frames.new_zeros(len(frames), 1, 1, ids.shape[1]) if bias is None else bias
+        return [tuple(tensor[i : i + 1] for tensor in (frames, ids, hidden)) for i in range(len(frames))]
 
     def vision(self, picture: Sequence[Tensor]) -> Entry:
         """See `Graphs.vision`."""
