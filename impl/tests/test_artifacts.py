@@ -14,23 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from artifact_makers import entry, hang, race, write
 
 from vlmqual_impl import artifacts
 from vlmqual_impl.artifacts import RECORD, Shelf
-from vlmqual_impl.entries import Entry, Spec
-
-
-def entry(tokens: int = 4, name: str = "") -> Entry:
-    spec = Spec("x", (1, tokens), torch.float32)
-    return Entry(name or f"text-s{tokens}", nn.Linear(tokens, 1), (spec,), (Spec("y", (1, 1), torch.float32),))
-
-
-def write(text: str = "compiled") -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        (folder / "model.bin").write_text(text * 100, "utf-8")
-
-    return make
 
 
 def forbidden(folder: Path) -> None:
@@ -167,23 +154,15 @@ def test_making_that_ends_early_leaves_nothing(shelf: Shelf, error: BaseExceptio
     assert not shelf.made_s
 
 
-def _hang(shelf: Shelf) -> None:
-    def make(folder: Path) -> None:
-        write()(folder)
-        time.sleep(60)
-
-    shelf.place(entry(), "engine 1", make)
-
-
 def _wait(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not ready():
         assert time.monotonic() < deadline, "the other process did not get so far"
         time.sleep(0.01)
 
 
 def test_a_killed_maker_leaves_no_artefact_and_its_draft_is_swept_by_the_next(shelf: Shelf) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(shelf,))
+    process = multiprocessing.get_context("spawn").Process(target=hang, args=(shelf,))
     process.start()
     _wait(lambda: bool(list(shelf.folder.glob(".*/model.bin"))))
     assert not list(shelf.folder.glob("[!.]*")), "an unfinished artefact has its name already"
@@ -194,21 +173,13 @@ def test_a_killed_maker_leaves_no_artefact_and_its_draft_is_swept_by_the_next(sh
     assert list(shelf.folder.iterdir()) == [made]
 
 
-def _race(shelf: Shelf, number: int, start: object, places: object) -> None:
-    def make(folder: Path) -> None:
-        start.wait()  # type: ignore[attr-defined]  # all of them are making at the same time
-        write(str(number))(folder)
-
-    places.put((number, str(shelf.place(entry(), "engine 1", make))))  # type: ignore[attr-defined]
-
-
 def test_processes_that_make_the_same_at_once_end_up_with_one_whole_artefact(shelf: Shelf) -> None:
     context = multiprocessing.get_context("spawn")
     start, places = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_race, args=(shelf, number, start, places)) for number in range(2)]
+    processes = [context.Process(target=race, args=(shelf, number, start, places)) for number in range(2)]
     for process in processes:
         process.start()
-    found = {places.get(timeout=30)[1] for _ in processes}
+    found = {places.get(timeout=120)[1] for _ in processes}
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 2

@@ -145,8 +145,8 @@ def test_each_part_is_compiled_into_a_folder_of_its_own(saved: Path) -> None:
         "generation_config.json",
         "rbln_config.json",
         "text_model/embedding.safetensors",
-        "text_model/text-b2-s1-k128.rbln",
-        "text_model/text-b2-s64-k128.rbln",
+        "text_model/text-b1-s64-k128-of2.rbln",
+        "text_model/text-b2-s1-k128-of2.rbln",
         "vision_model/vision-112x112.rbln",
     }
 
@@ -184,7 +184,7 @@ def damaged(saved: Path, name: str, change: Callable[[bytes], bytes]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["connector-p64.rbln", "text_model/text-b2-s1-k128.rbln", "text_model/embedding.safetensors", "config.json"],
+    ["connector-p64.rbln", "text_model/text-b2-s1-k128-of2.rbln", "text_model/embedding.safetensors", "config.json"],
 )
 def test_a_truncated_file_is_refused_by_its_name(saved: Path, name: str) -> None:
     damaged(saved, name, lambda content: content[:-7])
@@ -298,7 +298,7 @@ def test_what_was_not_compiled_is_refused_before_it_runs(compiled: Make) -> None
     small.pop("pixel_attention_mask", None)
     refused("vision-56x56 was not compiled.*vision-112x112", lambda: model.generate(**small, **GREEDY))
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    refused("text-b2-s64-k128 was not compiled", lambda: compiled("mllama").generate(**text, **GREEDY))
+    refused("text-b1-s64-k128-of2 was not compiled", lambda: compiled("mllama").generate(**text, **GREEDY))
     refused("does not know 'no_such'", lambda: model.generate(**text, no_such=1))
 
 

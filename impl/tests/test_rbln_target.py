@@ -131,7 +131,7 @@ def test_several_devices_share_weights_and_cache_of_the_text_model(cache: Path) 
     model = Model(str(fixtures.checkpoint("idefics3-tiny")), "idefics3")
     prompts = [Prompt("<|begin_of_text|>User: Who?<end_of_utterance>\nAssistant:")]
     one, two = (target.footprint(model, Options(tp=tp, max_length=256), prompts, 3) for tp in (1, 2))
-    assert [graph.name for graph in one.graphs] == ["text-b1-s16-k256", "text-b1-s1-k256"]
+    assert [graph.name for graph in one.graphs] == ["text-b1-s16-k256-of1", "text-b1-s1-k256-of1"]
     assert one.weights_bytes == one.graphs[0].weights_bytes, "prefill and decode share their weights"
     assert two.weights_bytes == one.weights_bytes // 2
     assert two.cache_bytes == one.cache_bytes // 2 == 4 * 2 * 256 * 4 * 8 * 4 // 2

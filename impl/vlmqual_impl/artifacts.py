@@ -175,7 +175,7 @@ def check(folder: Path, wanted: Mapping[str, Any]) -> None:
 def code() -> str:
     """Digest of the source that defines what entries compute."""
     here = Path(__file__).parent
-    names = ("cache", "configs", "entries", "graphs", "layers", "models", "weights")
+    names = ("cache", "configs", "entries", "graphs", "layers", "models", "paged", "weights")
     whole = hashlib.sha256()
     found = [path for name in names for path in (*here.glob(f"{name}.py"), *here.glob(f"{name}/*.py"))]
     for path in sorted(found):

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from vlmqual_impl.cache import CrossCache, KeyValueCache
 from vlmqual_impl.layers import Pass
 
-#: A buffer (B, H, K, d), what is written into it (B, H, S, d), and the slots (S,); gives the buffer as it is then.
-Put = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -87,11 +84,6 @@ class Entry:
         return sum(state.size_bytes for state in self.states)
 
 
-def placed(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """A copy of a buffer (B, H, K, d) with new (B, H, S, d) in its slots."""
-    return cache.index_copy(2, slots, new)
-
-
 class SlotCache(KeyValueCache):
     """A cache as a compiler sees it: whole buffers, written where a tensor says, and given back whole.
 
@@ -100,7 +92,6 @@ class SlotCache(KeyValueCache):
         values: like keys.
         slots: (S,) int64, where the tokens of this call go.
         cross: keys and values of images.
-        put: how they get there.
     """
 
     def __init__(
@@ -109,19 +100,17 @@ class SlotCache(KeyValueCache):
         values: dict[int, Tensor],
         slots: Tensor,
         cross: CrossCache | None,
-        put: Put = placed,
     ) -> None:
         self._keys = keys
         self._values = values
         self.slots = slots
         self.cross = cross
         self.length = 0
-        self._put = put
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's keys and values (B, H, S, d) into their slots; the whole buffers (B, H, K, d)."""
-        self._keys[layer] = self._put(self._keys[layer], keys, self.slots)
-        self._values[layer] = self._put(self._values[layer], values, self.slots)
+        self._keys[layer] = self._keys[layer].index_copy(2, self.slots, keys)
+        self._values[layer] = self._values[layer].index_copy(2, self.slots, values)
         return self._keys[layer], self._values[layer]
 
     def advance(self, tokens: int) -> None:
@@ -162,11 +151,8 @@ class TextStep(nn.Module):
     Result: logits (B, V), states after the final norm (B, S, D), then keys and values of the cache.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], decoder: Decoder, attention: str, images: bool, put: Put = placed
-    ) -> None:
+    def __init__(self, layers: Sequence[nn.Module], decoder: Decoder, attention: str, images: bool) -> None:
         super().__init__()
-        self.put = put
         self.parts = nn.ModuleList([*layers, decoder.head])
         self.decoder = decoder
         self.attention = attention
@@ -176,10 +162,40 @@ class TextStep(nn.Module):
         self, embeddings: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, slots: Tensor, last: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """See the class."""
-        decoder, given = self.decoder, list(rest)
-        seen: tuple[Tensor, Tensor] | None = None
+        given = Given.of(self.decoder, self.images, rest)
+        cache = SlotCache(given.keys, given.values, slots, given.cross)
+        shared = Pass(cos, sin, bias, cache, self.attention)
+        return *self.run(embeddings, shared, given.seen, last), *cache.states()
+
+    def run(self, x: Tensor, shared: Pass, seen: tuple[Tensor, Tensor] | None, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, S, D) to logits (B, V) of the wanted tokens, and states (B, S, D)."""
+        hidden = self.decoder.blocks(x, shared, seen)
+        at = last[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return self.decoder.head(hidden.gather(1, at)[:, 0]), hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Tensors that follow the tokens' own in the call of a text entry.
+
+    Attributes:
+        seen: what tokens see of images; None without images.
+        cross: keys and values of images; None in a family without.
+        keys: buffers of every layer with a cache of its own.
+        values: like keys.
+    """
+
+    seen: tuple[Tensor, Tensor] | None
+    cross: CrossCache | None
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, decoder: Decoder, images: bool, tensors: Sequence[Tensor]) -> Given:
+        """Tell the tensors apart, in the order of `TextStep`."""
+        given, seen = list(tensors), None
         cross = CrossCache(decoder.crossing, apart=decoder.apart) if decoder.crossing else None
-        if self.images and cross is not None:
+        if images and cross is not None:
             count = len(decoder.crossing)
             seen = given[0], given[1]
             for index, layer in enumerate(decoder.crossing):
@@ -187,8 +203,4 @@ class TextStep(nn.Module):
             given = given[2 + 2 * count :]
         half = len(decoder.layers)
         keys = dict(zip(decoder.layers, given[:half], strict=True))
-        values = dict(zip(decoder.layers, given[half:], strict=True))
-        cache = SlotCache(keys, values, slots, cross, self.put)
-        hidden = decoder.blocks(embeddings, Pass(cos, sin, bias, cache, self.attention), seen)
-        at = last[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return decoder.head(hidden.gather(1, at)[:, 0]), hidden, *cache.states()
+        return cls(seen, cross, keys, dict(zip(decoder.layers, given[half:], strict=True)))

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmqual_impl.entries import Decoder, Entry, Put, Spec, TextStep, placed
+from vlmqual_impl.entries import Decoder, Entry, Spec, TextStep
 from vlmqual_impl.layers import Rotary
 from vlmqual_impl.models import idefics, idefics3, mllama
 from vlmqual_impl.models.idefics_vision import IdeficsVision, Resampler
 from vlmqual_impl.models.mllama_vision import MllamaVision, check_pixels
+from vlmqual_impl.paged import PagedStep
 from vlmqual_impl.runtime.eager import EagerRuntime
 from vlmqual_impl.runtime.eager_idefics import IdeficsRuntime
 from vlmqual_impl.runtime.eager_idefics3 import Idefics3Runtime
@@ -35,6 +36,7 @@ class Graphs(ABC):
         width: D.
         head_dim: d.
         key_heads: H.
+        paged: text entries are those of `vlmqual_impl.paged`.
     """
 
     eager: EagerRuntime
@@ -44,9 +46,9 @@ class Graphs(ABC):
     head_dim: int
     key_heads: int
 
-    def __init__(self, attention: str, put: Put = placed) -> None:
+    def __init__(self, attention: str, paged: bool = False) -> None:
         self.attention = attention
-        self.put = put
+        self.paged = paged
 
     # vision ----------------------------------------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class Graphs(ABC):
             ValueError: features and mask do not fit each other.
         """
 
-    def text(self, rows: int, tokens: int, slots: int, images: int) -> Entry:
+    def text(self, rows: int, tokens: int, slots: int, images: int, pages: int = 0) -> Entry:
         """Some tokens of every row.
 
         Args:
@@ -96,16 +98,24 @@ class Graphs(ABC):
             tokens: S.
             slots: K.
             images: KI, 0 for no images.
+            pages: rows of the cache where text entries are paged; otherwise they are those of the call.
         """
         kind, decoder = self.eager.dtype, self.decoder
+        pages = max(rows, pages) if self.paged else rows
         inputs = [
             Spec("embeddings", (rows, tokens, self.width), kind),
             Spec("cos", (rows, 1, tokens, self.head_dim), kind),
             Spec("sin", (rows, 1, tokens, self.head_dim), kind),
-            Spec("bias", (rows, 1, tokens, slots), kind),
-            Spec("slots", (tokens,), torch.int64),
-            Spec("last", (rows,), torch.int64),
         ]
+        if self.paged:
+            inputs += [
+                Spec("mask", (rows, slots), kind),
+                Spec("start", (rows, 1), torch.int32),
+                Spec("table", (rows, 1) if tokens == 1 else (1,), torch.int16),
+            ]
+        else:
+            inputs += [Spec("bias", (rows, 1, tokens, slots), kind), Spec("slots", (tokens,), torch.int64)]
+        inputs.append(Spec("last", (rows,), torch.int64))
         if images:
             inputs += [
                 Spec("image_bias", (rows, 1, tokens, images), kind),
@@ -113,11 +123,14 @@ class Graphs(ABC):
             ]
             shape = (rows, self.key_heads, images, self.head_dim)
             inputs += [Spec(f"cross_{what}.{n}", shape, kind) for what in _PAIR for n in decoder.crossing]
-        cache = (rows, self.key_heads, slots, self.head_dim)
+        cache = (pages, self.key_heads, slots, self.head_dim)
         vocabulary = self.eager.vocabulary
+        step = PagedStep if self.paged else TextStep
         return Entry(
-            f"text-b{rows}-s{tokens}-k{slots}" + (f"-i{images}" if images else ""),
-            TextStep(self._layers(bool(images)), decoder, self.attention, bool(images), self.put),
+            f"text-b{rows}-s{tokens}-k{slots}"
+            + (f"-i{images}" if images else "")
+            + (f"-of{pages}" if self.paged else ""),
+            step(self._layers(bool(images)), decoder, self.attention, bool(images)),
             tuple(inputs),
             (Spec("logits", (rows, vocabulary), kind), Spec("hidden", (rows, tokens, self.width), kind)),
             tuple(Spec(f"{what}.{n}", cache, kind) for what in _PAIR for n in decoder.layers),
@@ -211,8 +224,8 @@ class Idefics3Vision(nn.Module):
 class Idefics3Graphs(Graphs):
     """Features become part of the embeddings."""
 
-    def __init__(self, network: idefics3.Idefics3, attention: str, put: Put = placed) -> None:
-        super().__init__(attention, put)
+    def __init__(self, network: idefics3.Idefics3, attention: str, paged: bool = False) -> None:
+        super().__init__(attention, paged)
         self.model = network
         text, sizes = network.model.text_model, network.config.text_config
         self.eager, self.rotary = Idefics3Runtime(network), text.rotary
@@ -281,8 +294,8 @@ class MllamaImage(nn.Module):
 class MllamaGraphs(Graphs):
     """Features stay beside the text."""
 
-    def __init__(self, network: mllama.Mllama, attention: str, put: Put = placed) -> None:
-        super().__init__(attention, put)
+    def __init__(self, network: mllama.Mllama, attention: str, paged: bool = False) -> None:
+        super().__init__(attention, paged)
         self.model = network
         text, sizes = network.language_model.model, network.config.text_config
         self.eager, self.rotary = MllamaRuntime(network), text.rotary
@@ -396,8 +409,8 @@ class IdeficsLatents(nn.Module):
 class IdeficsGraphs(Graphs):
     """Features stay beside the text; cross-attention blocks stand between decoder layers."""
 
-    def __init__(self, network: idefics.Idefics, attention: str, put: Put = placed) -> None:
-        super().__init__(attention, put)
+    def __init__(self, network: idefics.Idefics, attention: str, paged: bool = False) -> None:
+        super().__init__(attention, paged)
         self.model = network
         trunk, sizes = network.model, network.config
         self.eager, self.rotary = IdeficsRuntime(network), trunk.rotary

@@ -227,6 +227,8 @@ class Pass:
         cache: where keys and values go, or None.
         implementation: "eager" or "sdpa".
         attentions: where given, receives the attention weights of every layer.
+        whole: where given, a device's own operation: of a layer's queries (B, H, S, d), keys and values, it writes the
+            latter into the cache and attends over all that is there; gives (B, S, H * d).
     """
 
     cos: Tensor
@@ -235,6 +237,7 @@ class Pass:
     cache: KeyValueCache | None
     implementation: str
     attentions: list[Tensor] | None = None
+    whole: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 class LlamaSizes(Protocol):
@@ -283,6 +286,9 @@ class LlamaAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
+        if shared.whole is not None:
+            whole: Tensor = self.o_proj(shared.whole(layer, q, k, v))
+            return whole
         if shared.cache is not None:
             k, v = shared.cache.write(layer, k, v)
         mixed = attend(

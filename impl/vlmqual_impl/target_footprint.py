@@ -59,6 +59,7 @@ def outline(
     dtype: torch.dtype,
     attention: str,
     shapes: Shapes,
+    paged: bool = False,
 ) -> Outline:
     """Run a request in outline: preprocess, vision, prefill, decode.
 
@@ -70,6 +71,7 @@ def outline(
         dtype: of weights and activations.
         attention: kind, as for loading.
         shapes: the fixed ones.
+        paged: the form of text functions; see `vlmqual_impl.paged`.
 
     Raises:
         UsageError: the checkpoint or a prompt is not valid, or the request does not fit `options.max_length`.
@@ -91,7 +93,7 @@ def outline(
             tp.shard(part, family.plan, 0, options.tp)
         whole = sum(weight.numel() for weight in part.parameters()) * dtype.itemsize
         recorder = Recorder()
-        runtime = GraphRuntime(GRAPHS[family.name](hollow(network, dtype).eval(), attention), recorder, shapes)
+        runtime = GraphRuntime(GRAPHS[family.name](hollow(network, dtype).eval(), attention, paged), recorder, shapes)
         session = EagerSession(runtime, family, family.features(config), directory, options)
         inputs = session.preprocess(prompts)
         step = session.prefill(inputs)

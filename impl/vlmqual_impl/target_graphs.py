@@ -16,7 +16,6 @@ from vlmqual_impl.target import ATTENTION, FAMILIES, EagerSession, checked, one_
 
 if TYPE_CHECKING:
     from vlmqual_impl.artifacts import Shelf
-    from vlmqual_impl.entries import Put
     from vlmqual_impl.families import Family
     from vlmqual_impl.runtime.engines import Engine
     from vlmqual_impl.runtime.graphs import GraphRuntime
@@ -35,6 +34,7 @@ class GraphTarget(ABC):
     extra: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     dtypes: ClassVar[tuple[str, ...]]
+    paged: ClassVar[bool] = False  # the form of text functions; see `vlmqual_impl.paged`
     info: Info
 
     def __init__(
@@ -112,12 +112,6 @@ class GraphTarget(ABC):
             ValueError: the device is not there.
         """
 
-    def put(self) -> Put:
-        """How keys and values get into their buffers."""
-        from vlmqual_impl.entries import placed
-
-        return placed
-
     @contextmanager
     def open(self, model: Model, options: Options) -> Iterator[GraphSession]:
         """Load a checkpoint on the host; functions are compiled when they are first needed.
@@ -147,7 +141,7 @@ class GraphTarget(ABC):
             engine = self.engine(shelf, options)
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from error
-        graphs = GRAPHS[family.name](network.eval(), self._attention, self.put())
+        graphs = GRAPHS[family.name](network.eval(), self._attention, self.paged)
         shapes = Shapes(self._chunk, options.max_length, row_buckets(options.batch))
         yield GraphSession(GraphRuntime(graphs, engine, shapes), family, family.features(config), directory, options)
 

@@ -16,7 +16,6 @@ from vlmqual_impl.target_graphs import GraphTarget
 
 if TYPE_CHECKING:
     from vlmqual_impl.artifacts import Shelf
-    from vlmqual_impl.entries import Put
     from vlmqual_impl.runtime.engines import Engine
 
 COMPILER = "rebel-compiler"
@@ -37,6 +36,7 @@ class RblnTarget(GraphTarget):
     kind, extra = "rbln", "rbln"
     packages = (COMPILER,)
     dtypes = ("float32", "float16", "bfloat16")
+    paged = True
 
     def __init__(
         self,
@@ -126,12 +126,6 @@ class RblnTarget(GraphTarget):
         if self._devices and options.tp not in (1, len(self._devices)):
             raise UsageError(f"tp {options.tp}: device names {len(self._devices)} devices")
 
-    def put(self) -> Put:
-        """See `GraphTarget.put`."""
-        from vlmqual_impl.runtime.rebel_engine import update
-
-        return update
-
     def engine(self, shelf: Shelf, options: Options) -> Engine:
         """See `GraphTarget.engine`."""
         from vlmqual_impl.runtime.rebel_engine import RebelEngine
@@ -150,7 +144,9 @@ class RblnTarget(GraphTarget):
         shapes = Shapes(self._chunk, options.max_length, row_buckets(options.batch))
         kind = getattr(torch, self._dtype)
         single = replace(options, tp=1)
-        found = outline(model, single, prompts, new_tokens, dtype=kind, attention=self._attention, shapes=shapes)
+        found = outline(
+            model, single, prompts, new_tokens, dtype=kind, attention=self._attention, shapes=shapes, paged=True
+        )
         text = found.recorder.weights_bytes(shared=True, states=True)
         rest = found.recorder.weights_bytes(shared=False, states=False)
         notes = [

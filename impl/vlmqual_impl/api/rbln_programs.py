@@ -16,8 +16,8 @@ from vlmqual_impl.api.rbln_config import CHUNK, CHUNK_CR, RBLNVisionLanguageMode
 from vlmqual_impl.bundle import Bundle
 from vlmqual_impl.entries import Entry
 from vlmqual_impl.graphs import GRAPHS, Graphs
-from vlmqual_impl.runtime.graphs import Shapes
-from vlmqual_impl.runtime.rebel_engine import RebelEngine, update
+from vlmqual_impl.runtime.graphs import Shapes, text_entries
+from vlmqual_impl.runtime.rebel_engine import RebelEngine
 
 MAX_SEQ_LEN = 2048  # of a model that does not say
 
@@ -36,10 +36,10 @@ def planned(graphs: Graphs, config: RBLNVisionLanguageModelConfig, example: Mapp
             made.append([entry])
         if following == graphs.connector and entry is not None:
             states = entry.outputs[0].shape[1]
-    chunk, shapes = config.text_model.prefill_chunk_size or CHUNK, shapes_of(config)
-    for rows in shapes.rows:
-        for images in shapes.images or (0,):
-            made.append([graphs.text(rows, tokens, shapes.slots, images * states) for tokens in (chunk, 1)])
+    shapes = shapes_of(config)
+    made.append(
+        [entry for n in shapes.images or (0,) for entry in text_entries(graphs, shapes, shapes.rows[-1], n * states)]
+    )
     return made
 
 
@@ -141,7 +141,7 @@ def engine_of(forms: Bundle, config: RBLNVisionLanguageModelConfig) -> RebelEngi
 
 def graphs_of(network: PreTrainedModel) -> Graphs:
     """The functions of a model as the SDK takes them."""
-    made: Graphs = GRAPHS[network.config.model_type](network, "eager", update)
+    made: Graphs = GRAPHS[network.config.model_type](network, "eager", paged=True)
     return made
 
 

@@ -52,8 +52,8 @@ class Waste:
 class GraphCache(Slots):
     """States of an engine, and what tokens need of a prompt's images."""
 
-    def __init__(self, entry: Entry, rows: int, slots: int, states: States, images: tuple[Tensor, ...]) -> None:
-        self.entry = entry
+    def __init__(self, full: int, rows: int, slots: int, states: States, images: tuple[Tensor, ...]) -> None:
+        self.full = full
         self.states = states
         self.images = images
         self.length = 0
@@ -96,6 +96,21 @@ class Shapes:
 def bucket(count: int, sizes: Sequence[int]) -> int:
     """The smallest size that is enough; `count` itself where none is."""
     return min((size for size in sizes if size >= count), default=count)
+
+
+def text_entries(graphs: Graphs, shapes: Shapes, full: int, images: int) -> list[Entry]:
+    """The entry of a prompt's chunk, then those of decode steps over the same states.
+
+    Args:
+        graphs: of the model.
+        shapes: the fixed ones.
+        full: rows of the bucket.
+        images: image features of a row.
+    """
+    pages = max(full, shapes.rows[-1])
+    together, sizes = (1, sorted({full, *shapes.rows})) if graphs.paged else (full, [full])
+    calls = [(together, shapes.chunk), *((size, 1) for size in sizes)]
+    return [graphs.text(rows, tokens, shapes.slots, images, pages) for rows, tokens in calls]
 
 
 class GraphRuntime:
@@ -223,9 +238,12 @@ class GraphRuntime:
             hidden = torch.finfo(x.dtype).min
             images = F.pad(seen[0].expand(rows, 1, tokens, -1), (0, width - seen[0].shape[-1]), value=hidden), seen[1]
         slots, chunk = self.shapes.slots, self.shapes.chunk
-        entry = self.graphs.text(full, chunk, slots, width)
-        self._program(entry, (self.graphs.text(full, 1, slots, width),))
-        cache = GraphCache(entry, rows, max_length, self.engine.new_states(entry), tuple(keys))
+        # Over pages, which any row can name, prompts run one after the other.
+        groups = [slice(row, row + 1) for row in range(rows)] if self.graphs.paged else [slice(0, rows)]
+        together = 1 if self.graphs.paged else full
+        entry, *mates = text_entries(self.graphs, self.shapes, full, width)
+        self._program(entry, mates)
+        cache = GraphCache(full, rows, max_length, self.engine.new_states(entry), tuple(keys))
         cache.require(tokens)
         valid = torch.zeros((rows, slots), dtype=torch.bool)
         valid[:, :tokens] = mask != 0
@@ -236,14 +254,21 @@ class GraphRuntime:
             part = slice(start, min(start + chunk, tokens))
             at = (last - start).clamp(0, chunk - 1)
             bits = tuple(_tokens(image, part) for image in images)
-            outputs = self._step(cache, entry, x[:, part], positions[:, part], valid, at, bits)
+            made = [
+                self._step(
+                    cache, entry, each, x[each, part], positions[each, part], valid, at[each], _rows_of(bits, each)
+                )
+                for each in groups
+            ]
+            ends, states = (torch.cat(parts)[:rows] for parts in zip(*made, strict=True))
             here = (last >= start) & (last < start + chunk)
-            logits[here] = outputs[0][:rows][here]
-            kept.append(outputs[1][:rows, : part.stop - part.start])
+            logits[here] = ends[here]
+            kept.append(states[:, : part.stop - part.start])
             cache.length = part.stop
         chunks = len(kept)
-        size = f"b{full} c{chunk} x {chunks}{_images(width)}"
-        self._note("prefill", size, int((mask != 0).sum()), full * chunk * chunks)
+        calls = len(groups) * chunks
+        size = f"b{together} c{chunk} x {calls}{_images(width)}"
+        self._note("prefill", size, int((mask != 0).sum()), together * chunk * calls)
         each = torch.arange(rows)
         later = dict(zip(("bias", "rows"), (_tokens(image, slice(-1, None)) for image in images), strict=False))
         return Sequences(
@@ -272,14 +297,15 @@ class GraphRuntime:
         sequences.take()
         cache.require(1)
         self._used = {}
-        full, width = cache.entry.inputs[0].shape[0], 0
+        full, width = cache.full, 0
         if sequences.later:
             width = sequences.later["bias"].shape[-1]
-        entry = self.graphs.text(full, 1, self.shapes.slots, width)
+        entry = self.graphs.text(full, 1, self.shapes.slots, width, self.shapes.rows[-1])
         x = self.graphs.eager.table(tokens[:, None])
         at = torch.zeros(rows, dtype=torch.int64)
         bits = tuple(sequences.later.values())
-        outputs = self._step(cache, entry, x, sequences.positions[:, None], sequences.valid, at, bits)
+        each, positions = slice(0, rows), sequences.positions[:, None]
+        outputs = self._step(cache, entry, each, x, positions, sequences.valid, at, bits)
         cache.length += 1
         self._note("decode", f"b{full}{_images(width)}", rows, full)
         return Sequences(
@@ -296,26 +322,48 @@ class GraphRuntime:
         self,
         cache: GraphCache,
         entry: Entry,
+        which: slice,
         x: Tensor,
         positions: Tensor,
         valid: Tensor,
         last: Tensor,
         images: tuple[Tensor, ...],
     ) -> list[Tensor]:
-        """Run a text entry: tensors of the caller's rows and tokens, padded to its shapes."""
+        """Run a text entry: tensors of some of the caller's rows and of some tokens, padded to its shapes.
+
+        Args:
+            cache: states, whose next slots are written.
+            entry: the function.
+            which: the rows, of all of which `valid` and the cache are.
+            x: (rows, tokens, D).
+            positions: (rows, tokens).
+            valid: (B, K) bool.
+            last: (rows,), the token whose logits are wanted.
+            images: what the tokens see of images.
+        """
         full, chunk = entry.inputs[0].shape[:2]
-        tokens, start = x.shape[1], cache.length
+        padding = chunk - x.shape[1]
+        cos, sin = self.graphs.rotary(F.pad(positions, (0, padding)), x.dtype)
+        wide = [_rows(tensor, full) for tensor in (F.pad(x, (0, 0, 0, padding)), cos, sin)]
+        wide += [_rows(tensor, full) for tensor in self._seen(cache.length, chunk, valid[which], x)]
+        if self.graphs.paged:
+            pages = torch.arange(which.start, which.start + full, dtype=torch.int16)
+            wide += [torch.full((full, 1), cache.length, dtype=torch.int32), pages[:, None] if chunk == 1 else pages]
+        else:
+            wide.append(torch.arange(cache.length, cache.length + chunk))
+        wide.append(_rows(last, full))
+        wide += [_rows(F.pad(image, (0, 0, 0, padding)), full) for image in images]
+        wide += [image if len(image) == full else image[which] for image in cache.images]
+        outputs, cache.states = self._program(entry)([tensor.contiguous() for tensor in wide], cache.states)
+        return outputs
+
+    def _seen(self, start: int, chunk: int, valid: Tensor, x: Tensor) -> list[Tensor]:
+        """What tokens see of the cache: valid slots (B, K) over pages, else what is added to scores (B, 1, S, K)."""
+        if self.graphs.paged:
+            return [valid.to(x.dtype)]
         slots = torch.arange(start, start + chunk)
         own = torch.arange(self.shapes.slots)[None, :] <= slots[:, None]
-        bias = hidden_bias(own & valid[:, None], x)[:, None]
-        positions = F.pad(positions, (0, chunk - tokens))
-        cos, sin = self.graphs.rotary(positions, x.dtype)
-        padded = [F.pad(x, (0, 0, 0, chunk - tokens)), cos, sin, bias]
-        padded += [F.pad(image, (0, 0, 0, chunk - tokens)) for image in images]
-        wide = [_rows(tensor, full) for tensor in padded]
-        inputs = [*wide[:4], slots, _rows(last, full), *wide[4:], *cache.images]
-        outputs, cache.states = self._program(entry)(inputs, cache.states)
-        return outputs
+        return [hidden_bias(own & valid[:, None], x)[:, None]]
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -338,6 +386,10 @@ def _images(features: int) -> str:
 def _tokens(image: Tensor, part: slice) -> Tensor:
     """Some tokens of what they see of images, (B, 1, S, KI) or (B, S, 1)."""
     return image[:, :, part] if image.ndim == 4 else image[:, part]
+
+
+def _rows_of(tensors: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
+    return tuple(tensor[rows] for tensor in tensors)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:

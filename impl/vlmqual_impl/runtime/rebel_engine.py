@@ -29,16 +29,6 @@ SUFFIX = ".rbln"
 GROUPS = (1, 2, 4, 8, 16, 32)
 
 
-def update(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Write keys or values (B, H, S, d) from the first slot on into the device's buffer (B, H, K, d).
-
-    The operator is the SDK's; it changes the buffer and gives it back.
-    """
-    axis = torch.tensor(2, dtype=torch.int16)
-    made: Tensor = torch.ops.rbln_custom_ops.rbln_cache_update(cache, new, slots[0].to(torch.int32), axis)
-    return made
-
-
 class Forms(Protocol):
     """Where compiled forms are kept; see `vlmqual_impl.artifacts.Shelf`."""
 
