@@ -186,6 +186,17 @@ def conformance_optimum_rbln(session: nox.Session) -> None:
 
 
 @nox.session
+def proof(session: nox.Session) -> None:
+    """What the suite is worth: implementations that are wrong on purpose, and honest ones.
+
+    Every fault against what it declares and the core; `-- --full` every fault against the whole suite and in every
+    profile, which goes on where it was left off; `-- --family mllama` one family.
+    """
+    install(session, "impl,conformance")
+    vlmqual(session, "proof", *session.posargs)
+
+
+@nox.session
 def perf(session: nox.Session) -> None:
     """Performance of one or several targets; the embedded default without arguments."""
     install(session, executors("impl,perf", session.posargs))

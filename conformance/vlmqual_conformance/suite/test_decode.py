@@ -15,7 +15,7 @@ from vlmqual_contract.target import Info
 FAMILY = "idefics3"
 
 
-@requirement("IDEFICS3-DEC-001")
+@requirement("IDEFICS3-DEC-001", "IDEFICS3-TEXT-009")
 @pytest.mark.parametrize("case", runs.cases(FAMILY))
 def test_logits_of_every_forced_step(
     keeper: TargetKeeper, session: RemoteSession, info: Info, judge: Judge, case: Golden

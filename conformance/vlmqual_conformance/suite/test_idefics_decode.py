@@ -26,7 +26,7 @@ from vlmqual_contract.target import Capability, Info
 COUNTER = "counters.cross_attention_kv"
 
 
-@requirement("IDEFICS-DEC-001")
+@requirement("IDEFICS-DEC-001", "IDEFICS-DECODER-005")
 @pytest.mark.parametrize("case", cases())
 def test_logits_of_every_step_under_golds_tokens(
     keeper: TargetKeeper, session: RemoteSession, info: Info, judge: Judge, case: Golden

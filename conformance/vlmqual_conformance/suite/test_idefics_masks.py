@@ -232,7 +232,8 @@ def test_a_slot_that_nothing_sees_changes_nothing(
     session: RemoteSession, info: Info, judge: Judge, case: Golden, place: str
 ) -> None:
     demand(info, case.needs())
-    spare, unseen = -states(case)[:, :1], np.zeros_like(case.text[MASK][:, :, :1])
+    # Not the opposite of the picture, with which the mean over both slots would be 0.
+    spare, unseen = -3 * states(case)[:, :1], np.zeros_like(case.text[MASK][:, :, :1])
     hidden, mask = [states(case), spare], [case.text[MASK], unseen]
     if place == "before":
         hidden.reverse()

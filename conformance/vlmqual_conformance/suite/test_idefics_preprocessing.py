@@ -18,7 +18,7 @@ from vlmqual_conformance.suite.idefics_images import FAMILY, MASK, marker, setti
 from vlmqual_conformance.suite.idefics_rules import square, visible
 from vlmqual_contract import fixtures
 from vlmqual_contract.remote import RemoteSession
-from vlmqual_contract.target import MARKERS, Array, Info, Inputs, Prompt
+from vlmqual_contract.target import MARKERS, Array, Capability, Info, Inputs, Prompt
 
 CHECKPOINT, RELEASED = TINY[FAMILY], "idefics-9b-processor"
 PIXELS: tuple[str, ...] = ("IDEFICS-FILE-003",)
@@ -127,6 +127,21 @@ def same_tensors(made: Inputs, entry: dict[str, Any]) -> None:
 def test_ids_and_masks_of_prompts_are_the_references(session: RemoteSession, info: Info, entry: dict[str, Any]) -> None:
     demand(info, checks.batch_needs(entry))
     same_tensors(session.preprocess(checks.prompts_of(entry)), entry)
+
+
+@requirement("IDEFICS-FILE-009")
+def test_images_of_rows_stand_in_their_order(session: RemoteSession, info: Info) -> None:
+    demand(info, {Capability.BATCH, Capability.PADDING})
+    rows = (("coffee.png", "text.png"), ("edge-224x112.png",))
+    batch = [
+        Prompt(f"User:{SIGN * len(names)}Well?", tuple(str(fixtures.image(name)) for name in names)) for names in rows
+    ]
+    pixels = checks.tensor_of(session.preprocess(batch), "pixel_values")
+    for row, names in enumerate(rows):
+        for slot, name in enumerate(names):
+            alone = session.preprocess([Prompt(QUESTION, (str(fixtures.image(name)),))])
+            wanted = checks.tensor_of(alone, "pixel_values")[0, 0]
+            assert np.array_equal(pixels[row, slot], wanted), f"{name} is not in slot {slot} of row {row}"
 
 
 @requirement("IDEFICS-FILE-005")

@@ -209,6 +209,19 @@ def test_a_larger_picture_is_seen_whole(session: RemoteSession, info: Info, judg
     checks.told_apart(judge, label, here, there, noise, "what lies beyond the configured size is not looked at")
 
 
+@requirement("IDEFICS-TOWER-001")
+@pytest.mark.parametrize("case", cases(is_interpolated))
+def test_a_rest_at_the_right_and_bottom_that_fills_no_patch_is_left_out(
+    session: RemoteSession, info: Info, judge: Judge, case: Golden
+) -> None:
+    rest = int(settings(case.checkpoint)["vision_config"]["patch_size"]) - 1
+    pixels = case.pixels["pixel_values"]
+    longer = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, rest), (0, rest)), constant_values=pixels.max())
+    seen = checks.hidden_like_gold(case, session.vision({**case.pixels, "pixel_values": longer}))
+    judge.compare(f"{case.hidden} (pictures with a rest)", seen, states(case), case.noise(case.hidden, info.dtype))
+    judge.verdict()
+
+
 @requirement("IDEFICS-RESAMPLER-001")
 @pytest.mark.parametrize("case", cases(lambda case: case.name == "resampler-photo"))
 @pytest.mark.parametrize("side", [28, 84, 112])

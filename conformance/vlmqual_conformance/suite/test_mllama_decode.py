@@ -18,7 +18,7 @@ from vlmqual_contract.target import Capability, Info
 COUNTER = "counters.cross_attention_kv"
 
 
-@requirement("MLLAMA-DEC-001")
+@requirement("MLLAMA-DEC-001", "MLLAMA-DECODER-013")
 @pytest.mark.parametrize("case", runs.cases(FAMILY))
 def test_logits_of_every_step_under_golds_tokens(
     keeper: TargetKeeper, session: RemoteSession, info: Info, judge: Judge, case: Golden

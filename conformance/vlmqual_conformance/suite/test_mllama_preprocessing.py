@@ -16,7 +16,7 @@ from vlmqual_conformance.suite import checks, runs
 from vlmqual_conformance.suite.mllama_images import FAMILY, MASK
 from vlmqual_contract import fixtures
 from vlmqual_contract.remote import RemoteSession
-from vlmqual_contract.target import MARKERS, Info, Prompt
+from vlmqual_contract.target import MARKERS, Capability, Info, Prompt
 
 CHECKPOINT = TINY[FAMILY]
 TENSORS = {"pixel_values": np.float32, "aspect_ratio_ids": np.int64, "aspect_ratio_mask": np.int64}
@@ -73,6 +73,28 @@ def test_a_long_thin_image_keeps_one_pixel_of_its_short_side(
     assert pixels.shape == wanted.shape, f"pixel_values has shape {pixels.shape}, not {wanted.shape}"
     wrong = int((pixels != wanted).sum())
     assert wrong == 0, f"{wrong} of {wanted.size} pixel values are not those of one white line on black"
+
+
+@requirement("MLLAMA-FILE-010")
+def test_images_of_rows_stand_in_their_order_and_padding_images_behind_them(session: RemoteSession, info: Info) -> None:
+    demand(info, {Capability.BATCH, Capability.PADDING})
+    rows = (("coffee.png", "edge-224x112.png"), ("edge-113x111.png",))
+    made = session.preprocess([prompt_about(*names) for names in rows])
+    for row, names in enumerate(rows):
+        for slot, name in enumerate(names):
+            alone = session.preprocess([prompt_about(name)])
+            for tensor in TENSORS:
+                found, wanted = checks.tensor_of(made, tensor)[row, slot], checks.tensor_of(alone, tensor)[0, 0]
+                assert np.array_equal(found, wanted), f"{tensor} of {name} is not in slot {slot} of row {row}"
+    pixels, ids, mask = (checks.tensor_of(made, tensor)[1, 1] for tensor in TENSORS)
+    assert not pixels.any(), "the pixels of a padding image are not 0"
+    assert int(ids) == 0, f"a padding image has the aspect_ratio_id {int(ids)}"
+    assert mask.tolist() == [1, 0, 0, 0], f"aspect_ratio_mask of a padding image is {mask.tolist()}"
+
+
+def prompt_about(*names: str) -> Prompt:
+    """A prompt with images."""
+    return Prompt(MARKERS[FAMILY] * len(names) + "What is it?", tuple(str(fixtures.image(name)) for name in names))
 
 
 def prompts() -> list[Any]:

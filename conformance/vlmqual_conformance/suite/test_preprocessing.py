@@ -54,6 +54,19 @@ def test_pixels_of_an_image_file_are_the_references(session: RemoteSession, name
     assert count == entry["image_tokens"], f"{name} takes {count} image tokens, not {entry['image_tokens']}"
 
 
+@requirement(PIXELS)
+def test_frames_of_several_images_stand_in_the_order_of_the_images(session: RemoteSession) -> None:
+    names = ("coffee.png", "edge-112x112.png", "edge-224x112.png")
+    paths = [str(fixtures.image(name)) for name in names]
+    made = session.preprocess([Prompt("<image><image><image>What is it?", tuple(paths))])
+    alone = [session.preprocess([Prompt("<image>What is it?", (path,))]) for path in paths]
+    for tensor in ("pixel_values", "pixel_attention_mask"):
+        wanted = np.concatenate([checks.tensor_of(each, tensor) for each in alone], axis=1)
+        found = checks.tensor_of(made, tensor)
+        assert found.shape == wanted.shape, f"{tensor} has shape {found.shape}, not {wanted.shape}"
+        assert np.array_equal(found, wanted), f"{tensor} of {', '.join(names)} is in another order than the images"
+
+
 def prompts() -> list[Any]:
     """Every golden batch of the tiny checkpoint, those without splitting last, with their requirements."""
     found = []

@@ -37,6 +37,19 @@ def test_padding_frames_are_dropped_wherever_they_stand(session: RemoteSession, 
 
 
 @requirement("IDEFICS3-VIS-007")
+def test_a_frame_with_some_values_of_zero_is_no_padding(session: RemoteSession, info: Info, judge: Judge) -> None:
+    case = golden(FAMILY, "photo-small")
+    patch, _ = geometry()
+    pixels = case.pixels["pixel_values"].copy()
+    pixels[:, 0, :, :patch, :patch] = 0
+    assert pixels[:, 0].any(), f"the first frame of {case.name} is zero everywhere"
+    seen, gold = hidden(case, session.vision({**case.pixels, "pixel_values": pixels})), case.array(HIDDEN)
+    assert seen.shape == gold.shape, f"{HIDDEN} has shape {seen.shape}, not {gold.shape}: a frame is lost"
+    judge.compare(f"{HIDDEN} (frames behind one with zeros)", seen[1:], gold[1:], case.noise(HIDDEN, info.dtype))
+    judge.verdict()
+
+
+@requirement("IDEFICS3-VIS-007")
 def test_frames_in_another_order_give_features_in_that_order(session: RemoteSession, info: Info, judge: Judge) -> None:
     case = golden(FAMILY, "photo-small")
     order = np.array([3, 0, 4, 2, 1])

@@ -1,0 +1,175 @@
+"""What trials prove: kill rates by profile, the matrix of faults and requirements, and everything that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vlmqual_conformance.catalogue import requirements
+from vlmqual_faults.catalogue import Variant
+from vlmqual_faults.trials import Trial
+
+#: The profile that shows everything; only here every declared requirement has to catch its fault.
+WHOLE = "taps"
+
+
+def show(trials: Sequence[Trial], uncovered: Iterable[str], console: Console) -> bool:
+    """Print what was found; True when nothing is wrong.
+
+    Args:
+        trials: of any families and profiles.
+        uncovered: requirements without a fault, see `without_fault`.
+        console: where to.
+    """
+    for family in dict.fromkeys(trial.family for trial in trials):
+        console.print(f"\n{family}", style="bold")
+        own = [trial for trial in trials if trial.family == family]
+        for profile in dict.fromkeys(trial.profile for trial in own):
+            console.print(f"  {profile:<12} {_line(rates(own, profile))}", markup=False, soft_wrap=True)
+        counts = Counter(name for trial in own if trial.kind == "fault" and trial.profile == WHOLE for name in trial.by)
+        text = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        console.print(f"  faults that the cases of a requirement caught: {text or 'none'}", markup=False)
+    wrong = [*map(_wrong, trials), *(f"UNPROVEN  {name} is a MUST of which no fault is known" for name in uncovered)]
+    for line in filter(None, [*wrong, *map(_doubtful, trials)]):
+        console.print(line, markup=False, soft_wrap=True)
+    return not any(wrong)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Counts over the trials of one family in one profile.
+
+    Attributes:
+        faults: trials of faults.
+        caught: those in which a case failed.
+        declared: those in which a case of every declared requirement failed.
+        expected: caught ones whose component the table knows; none in profiles without taps.
+        named: those of them whose component was named.
+        honest: trials of honest variants.
+        rejected: those in which a case failed.
+    """
+
+    faults: int
+    caught: int
+    declared: int
+    expected: int
+    named: int
+    honest: int
+    rejected: int
+
+
+def rates(trials: Iterable[Trial], profile: str) -> Rates:
+    """Count the trials of a profile."""
+    own = [trial for trial in trials if trial.profile == profile]
+    faults = [trial for trial in own if trial.kind == "fault"]
+    honest = [trial for trial in own if trial.kind == "honest"]
+    known = [trial for trial in faults if trial.caught and trial.expected and profile == WHOLE]
+    return Rates(
+        faults=len(faults),
+        caught=sum(trial.caught for trial in faults),
+        declared=sum(trial.declared for trial in faults),
+        expected=len(known),
+        named=sum(trial.component == trial.expected for trial in known),
+        honest=len(honest),
+        rejected=sum(trial.caught for trial in honest),
+    )
+
+
+def _line(found: Rates) -> str:
+    parts = [
+        f"faults caught {_share(found.caught, found.faults)}",
+        f"by all that they declare {_share(found.declared, found.faults)}",
+    ]
+    if found.expected:
+        parts.append(f"component named {_share(found.named, found.expected)}")
+    parts.append(f"honest variants rejected {found.rejected} of {found.honest}")
+    return "; ".join(parts)
+
+
+def write_summary(trials: Sequence[Trial], uncovered: Sequence[str], folder: Path) -> Path:
+    """`proof.json`, for a report: rates by family and profile, every trial, and the requirements without a fault."""
+    families = dict.fromkeys(trial.family for trial in trials)
+    profiles = dict.fromkeys(trial.profile for trial in trials)
+    found = {
+        family: {profile: asdict(rates([t for t in trials if t.family == family], profile)) for profile in profiles}
+        for family in families
+    }
+    path = folder / "proof.json"
+    whole = {
+        "format": 1,
+        "rates": found,
+        "unproven": list(uncovered),
+        "wrong": [line for line in map(_wrong, trials) if line],
+        "trials": [trial.plain() for trial in trials],
+    }
+    path.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _wrong(trial: Trial) -> str:
+    """One line for a trial that must not end like this, "" for one that may."""
+    name = f"{trial.family} {trial.variant} ({trial.profile})"
+    if not trial.cases[1]:
+        # What a device does not show cannot be judged there: that is a rate, not a mistake.
+        return f"BROKEN    {name}: {trial.reason}" if trial.profile == WHOLE else ""
+    if trial.kind == "honest":
+        return f"REJECTED  {name}: {trial.reason}" if trial.caught else ""
+    if trial.profile != WHOLE or trial.declared:
+        return ""
+    if not trial.caught:
+        return f"SURVIVED  {name}"
+    return f"MISSED    {name}: not caught by {', '.join(trial.missed)}, but by {', '.join(trial.by[:4])}"
+
+
+def _doubtful(trial: Trial) -> str:
+    """One line for a fault that was blamed on another component than the table expects."""
+    if trial.kind != "fault" or trial.profile != WHOLE or not trial.caught or trial.expected in ("", trial.component):
+        return ""
+    return f"COMPONENT {trial.family} {trial.variant}: {trial.component or 'none'} was named, not {trial.expected}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
+
+
+def without_fault(families: Iterable[str], faults: Iterable[Variant]) -> list[str]:
+    """Every MUST about targets of these families that no fault declares."""
+    declared = {name for fault in faults for name in fault.requirements}
+    wanted = set(families)
+    return [
+        name
+        for name, each in requirements().items()
+        if (each.subject, each.keyword) == ("target", "MUST") and each.family in wanted and name not in declared
+    ]
+
+
+def write_matrix(trials: Sequence[Trial], folder: Path) -> list[Path]:
+    """A table for each family and profile: a row for each fault, a column for each requirement.
+
+    A cell is "caught" for a declared requirement whose cases failed, "missed" for one whose cases did not, "also" for
+    another whose cases failed, and empty otherwise.
+    """
+    written = []
+    for family, profile in dict.fromkeys((trial.family, trial.profile) for trial in trials):
+        own = [t for t in trials if (t.family, t.profile, t.kind) == (family, profile, "fault")]
+        columns = sorted({name for trial in own for name in (*trial.by, *trial.expected_by)})
+        path = folder / f"matrix-{family}-{profile}.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["fault", "level", "component", *columns])
+            for trial in own:
+                cells: Mapping[str, str] = _cells(trial)
+                rows.writerow([trial.variant, trial.level, trial.component, *(cells.get(c, "") for c in columns)])
+        written.append(path)
+    return written
+
+
+def _cells(trial: Trial) -> dict[str, str]:
+    caught = {name: "caught" if name in trial.expected_by else "also" for name in trial.by}
+    return caught | dict.fromkeys(trial.missed, "missed")
