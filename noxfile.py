@@ -53,7 +53,8 @@ EVERY_VARIANT = [
 ]
 # Targets that run compiled functions of fixed shapes, and the extra that installs each.
 GRAPHS = {"openvino": "openvino", "onnxruntime": "onnx"}
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# Bytecode is kept even where the environment says otherwise: a session starts up to several hundred processes of ours.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -217,7 +218,7 @@ def report(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("transformers", VERSIONS)
 def goldens(session: nox.Session, transformers: str) -> None:
-    """Make the goldens again from the pinned references; `-- --check` compares with the stored ones instead.
+    """Make goldens and fingerprints again from the pinned references; `-- --check` compares with what is stored.
 
     A family's documented version makes all of its goldens; the current one those pixels and prompts that the documented
     version refuses or misreads.
@@ -229,6 +230,8 @@ def goldens(session: nox.Session, transformers: str) -> None:
         only = [] if transformers == documented else ["--pixels-only"]
         arguments = ["--family", family, "--output", "fixtures", *only, *session.posargs]
         session.run("python", "-m", "vlmqual_adapters.goldens", *arguments, env=OFFLINE)
+        if transformers == documented:
+            session.run("python", "-m", "vlmqual_adapters.fingerprints", *arguments, env=OFFLINE)
 
 
 @nox.session

@@ -115,6 +115,12 @@ def test_the_summary_has_a_line_for_each_level_and_every_case_that_is_not_as_req
     assert max(map(len, lines)) <= 80
 
 
+def test_the_summary_ends_with_what_the_target_seems_to_compute_in():
+    seems = {"says": "weights look like int8 (coefficient 0.97 +- 0.02); declared bfloat16"}
+    row = Verdict("a", ("X-A-001",), "idefics3", "generation", Outcome.PASS, details={"precision": seems})
+    assert summary([row]).splitlines()[-1] == f"  idefics3 {seems['says']}"
+
+
 def test_the_summary_of_several_families_has_a_line_for_each_family_and_level():
     rows = [*ROWS[:1], Verdict("test_b.py::test_c", ("MLLAMA-TOWER-001",), "mllama", "vision", Outcome.PASS, worst=0.5)]
     lines = summary(rows).splitlines()

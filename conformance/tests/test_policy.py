@@ -133,6 +133,23 @@ def test_the_kept_states_of_mllama_come_after_all_layers_and_before_the_connecto
         judge.verdict()
 
 
+def test_a_step_of_decoding_stands_before_the_next_one_and_its_logits_behind_its_layers():
+    names = [
+        "prefill/logits",
+        "decode.01/text.embeddings",
+        "decode.01/text.layers.0",
+        "decode.01/text.layers.10",
+        "decode.01/text.norm",
+        "decode/logits.01",
+        "decode.02/text.cross_layers.0",
+        "decode.02/text.layers.0",
+        "decode/logits.02",
+        "decode.12/text.embeddings",
+        "decode/logits.12 (by step, at once)",
+    ]
+    assert sorted(sorted(names), key=policy.data_order) == names
+
+
 def test_blocks_of_idefics_stand_before_the_layers_of_their_numbers():
     names = [
         "vision.layers.2",

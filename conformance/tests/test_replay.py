@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vlmqual_conformance import catalogue, replays
+from vlmqual_conformance import replays
 from vlmqual_contract import cli, fixtures
 from vlmqual_contract.discovery import suite_version
 from vlmqual_contract.errors import UsageError
@@ -257,40 +257,10 @@ def test_a_library_case_is_replayed_on_its_library_with_the_options_it_had(tmp_p
 # bad input ---------------------------------------------------------------------------------------------------------
 
 
-GOOD = replays.Replay(
-    case=SMALL,
-    requirements=("IDEFICS3-VIS-001",),
-    family="idefics3",
-    level="vision",
-    kind="target",
-    subject=DRIFTING,
-    python="",
-    timeout_s=60.0,
-    known=(),
-    emulated=False,
-    dtype="float64",
-    outcome=Outcome.FAIL,
-    reason="it is wrong",
-    observed="",
-    component="connector",
-    worst=3.5,
-    version=suite_version(),
-    suite="0",
-    fixtures="0",
-    run="abc",
-)
-
-
 def changed(path: Path, folder: Path, **values: Any) -> Path:
     made = folder / "changed.json"
     made.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     return made
-
-
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    replays.write(tmp_path / "good.json", GOOD)
-    return tmp_path / "good.json"
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -299,67 +269,16 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return sentence
 
 
-def test_what_is_written_is_what_is_read(good):
-    assert replays.read(good) == GOOD
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"record": "verdict"}, "is no replay file of vlmqual"),
-        ({"format": 2}, "format 2 is unknown; this version reads 1"),
-        ({"case": 5}, "is damaged: case is 5"),
-        ({"requirements": "IDEFICS3-VIS-001"}, "is damaged: requirements is"),
-        ({"kind": "dog"}, 'is damaged: kind is "dog"'),
-        ({"outcome": "so-so"}, 'is damaged: outcome is "so-so"'),
-        ({"worst": "big"}, 'is damaged: worst is "big"'),
-        ({"case": "test_visoin.py::test_a"}, "has no file 'test_visoin.py'; near it are test_vision.py"),
-        ({"case": "../tests/test_replay.py::test_a"}, "the suite has no case"),
-        ({"case": "zoo.toml::test_a", "requirements": []}, "no test stands behind 'zoo.toml::test_a'"),
-        ({"subject": "nowhere.py:Toy"}, "target file nowhere.py does not exist"),
-        ({"subject": "warp-drive"}, "target 'warp-drive' is not installed; installed are "),
-    ],
-)
-def test_a_file_that_cannot_be_right_is_refused_in_one_sentence(good, tmp_path, capfd, values, sentence):
-    assert sentence in refused(capfd, changed(good, tmp_path, **values))
-
-
-def test_what_is_no_replay_file_is_refused_in_one_sentence(good, tmp_path, capfd):
-    text = good.read_text()
-    assert "No such file" in refused(capfd, tmp_path / "nowhere.json")
-    assert "Is a directory" in refused(capfd, tmp_path)
-    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
-    assert "is damaged or none at all" in refused(capfd, tmp_path / "cut.json")
-    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-    assert "is damaged or none at all" in refused(capfd, tmp_path / "bytes.json")
-    (tmp_path / "list.json").write_text("[1, 2]")
-    assert "is no replay file of vlmqual" in refused(capfd, tmp_path / "list.json")
-    data = json.loads(text)
-    del data["subject"]
-    (tmp_path / "less.json").write_text(json.dumps(data))
-    assert "is damaged: it lacks subject" in refused(capfd, tmp_path / "less.json")
-    (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
-    assert "no results file of vlmqual" in refused(capfd, tmp_path / "foreign.jsonl", "--case", SMALL)
-
-
-def test_a_results_file_wants_a_case_that_it_has(ran, good, capfd):
+def test_a_results_file_wants_a_case_that_it_has(ran, capfd):
     path = last_run(ran).path
     assert f"--case NAME says which case of it; not as required are {DOCUMENT}" in refused(capfd, path)
     assert f"near it are {SMALL}" in refused(capfd, path, "--case", SMALL[:-2])
-    assert "--case is for a results file" in refused(capfd, good, "--case", SMALL)
+    assert "--case is for a results file" in refused(capfd, files(ran)[SMALL], "--case", SMALL)
 
 
 def test_a_case_that_its_file_does_not_have_is_refused(ran, tmp_path, capfd):
     path = changed(files(ran)[SMALL], tmp_path, case=f"{FEATURES}[photo-smal]")
     assert f"the suite has no case '{FEATURES}[photo-smal]'; near it are {SMALL}" in refused(capfd, path)
-
-
-def test_target_and_library_exclude_each_other_and_time_is_above_0(good, capfd):
-    with pytest.raises(SystemExit) as caught:
-        vlmqual("replay", good, "--target", HONEST, "--library", "vlmqual_impl")
-    assert caught.value.code == 2
-    capfd.readouterr()
-    assert "--timeout 0 is no time" in refused(capfd, good, "--timeout", "0")
 
 
 def test_another_suite_other_fixtures_and_lost_known_failures_are_warned_of(ran, tmp_path, capfd):
@@ -378,43 +297,6 @@ def test_another_suite_other_fixtures_and_lost_known_failures_are_warned_of(ran,
         f"vlmqual replay: warning: recorded by vlmqual 0.0.1, this is {suite_version()}",
     ]
     assert lines(output.out)["outcome"] == "fail"
-
-
-# files -------------------------------------------------------------------------------------------------------------
-
-
-def test_names_of_files_differ_where_cases_differ_and_fit_a_file_system():
-    cases = [
-        "a::b[c/d]",
-        "a::b[c-d]",
-        "a::b[c d]",
-        "A::b[c d]",
-        "a--b-c-d",
-        "a::" + "x" * 400,
-        "a::" + "x" * 401,
-        "..",
-        ".",
-    ]
-    names = [replays.slug(case) for case in cases]
-    assert len({name.lower() for name in names}) == len(cases)
-    for name in names:
-        assert "/" not in name
-        assert len(name) < 150
-        assert name.strip(".") == name
-    assert replays.slug("eager") == "eager"
-
-
-def test_a_write_that_is_interrupted_leaves_the_old_file_and_nothing_else(good, monkeypatch):
-    before = good.read_bytes()
-
-    def interrupted(self: Path, *_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        replays.write(good, GOOD)
-    assert good.read_bytes() == before
-    assert [path.name for path in good.parent.iterdir()] == ["good.json"]
 
 
 def test_a_replay_that_is_interrupted_ends_with_3_and_leaves_nothing(ran, tmp_path):
@@ -448,46 +330,6 @@ def test_a_replay_that_is_interrupted_ends_with_3_and_leaves_nothing(ran, tmp_pa
     assert "interrupted" in output
     assert "Traceback" not in output
     assert not list(scratch.iterdir()), "its own results are gone"
-
-
-# requirements of a run ---------------------------------------------------------------------------------------------
-
-
-def test_a_run_can_be_narrowed_down_to_requirements_and_is_another_run(tmp_path, capfd):
-    ids = ("--requirement", "IDEFICS3-VIS-008", "--requirement", "IDEFICS3-VIS-002")
-    assert vlmqual("conformance", "--target", HONEST, "--family", "idefics3", *ids, "--results", tmp_path) == 0
-    run = last_run(tmp_path)
-    assert len(run.verdicts) >= 3
-    assert all({"IDEFICS3-VIS-008", "IDEFICS3-VIS-002"} & set(row.requirements) for row in run.verdicts)
-    assert {name for row in run.verdicts for name in row.requirements} >= {"IDEFICS3-VIS-008", "IDEFICS3-VIS-002"}
-    plan = run.header.plan
-    assert plan["requirements"] == ["IDEFICS3-VIS-002", "IDEFICS3-VIS-008"]
-    assert plan["select"] == "requirement IDEFICS3-VIS-002 or IDEFICS3-VIS-008", "a report says that it is a part"
-    run.path.write_bytes(run.path.read_bytes().rpartition(b'{"record": "footer"')[0])
-    only = ("--requirement", "IDEFICS3-VIS-008")
-    assert vlmqual("conformance", "--target", HONEST, "--family", "idefics3", *only, "--results", tmp_path) == 0
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2, "an unfinished run of other requirements is not continued"
-    assert {row.case for row in last_run(tmp_path).verdicts} < {row.case for row in run.verdicts}
-
-
-def test_an_unknown_requirement_is_refused_with_those_near_it(tmp_path, capfd):
-    assert vlmqual("conformance", "--target", HONEST, "--requirement", "IDEFICS3-VIS-0O8", "--results", tmp_path) == 2
-    (sentence,) = capfd.readouterr().err.strip().splitlines()
-    assert "--requirement IDEFICS3-VIS-0O8: there is no such requirement; near it are IDEFICS3-VIS-008" in sentence
-
-
-def test_a_requirement_of_another_kind_of_subject_selects_nothing(tmp_path, capfd):
-    library = next(item for item in catalogue.requirements().values() if item.subject == "library")
-    arguments = ("--target", HONEST, "--no-library", "--requirement", library.id, "--results", tmp_path)
-    assert vlmqual("conformance", *arguments) == 2
-    assert "nothing is selected" in capfd.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_dry_run_counts_the_requirements_that_are_asked_for(tmp_path, capfd):
-    arguments = ("--target", HONEST, "--no-library", "--requirement", "IDEFICS3-VIS-008", "--results", tmp_path)
-    assert vlmqual("conformance", "--dry-run", *arguments) == 0
-    assert f"{HONEST}: 1 requirements" in capfd.readouterr().out
 
 
 def test_a_row_without_what_a_replay_needs_is_refused(tmp_path, ran):

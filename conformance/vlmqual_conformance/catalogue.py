@@ -20,6 +20,24 @@ LIBRARY_FIXTURE = "library"
 
 
 @dataclass(frozen=True)
+class Scope:
+    """Tests and requirements that cover each other.
+
+    Attributes:
+        suite: folder of the tests.
+        requirements: folder of our own requirement files.
+    """
+
+    suite: Path
+    requirements: Path
+
+
+#: What is judged by the bundled fixtures, and what is judged over a user's own checkpoint.
+FIXTURES = Scope(SUITE, HERE / "requirements")
+CHECKPOINT = Scope(HERE / "checkpoint_suite", HERE / "checkpoint_suite")
+
+
+@dataclass(frozen=True)
 class Case:
     """A collected test.
 
@@ -36,13 +54,17 @@ class Case:
     uses_library: bool = False
 
 
-def requirement_files() -> list[Path]:
+def requirement_files(scope: Scope = FIXTURES) -> list[Path]:
     """Every requirement file of every package registered under `vlmqual.requirements`; ours at least.
+
+    Those over a user's checkpoint are ours alone.
 
     Raises:
         UsageError: a registered package is not there.
     """
-    folders = {(HERE / "requirements").resolve(): None}
+    folders = {scope.requirements.resolve(): None}
+    if scope is CHECKPOINT:
+        return sorted(scope.requirements.glob("*.toml"))
     for point in installed(REQUIREMENTS).values():
         folders.update(dict.fromkeys(_folders(point)))
     return [file for folder in folders for file in sorted(folder.glob("*.toml"))]
@@ -58,13 +80,13 @@ def _folders(point: EntryPoint) -> list[Path]:
     return [Path(folder).resolve() for folder in spec.submodule_search_locations or ()]
 
 
-def requirements() -> dict[str, Requirement]:
+def requirements(scope: Scope = FIXTURES) -> dict[str, Requirement]:
     """All requirements by id.
 
     Raises:
         UsageError: a file is damaged, or an id stands twice.
     """
-    return load_requirements(requirement_files())
+    return load_requirements(requirement_files(scope))
 
 
 def problems(cases: Iterable[Case], known: Mapping[str, Requirement], *, whole: bool) -> list[str]:

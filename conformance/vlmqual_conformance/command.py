@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
-from vlmqual_conformance import catalogue, failures, replays, sessions
+from vlmqual_conformance import catalogue, failures, replays, sessions, waivers
+from vlmqual_conformance.references import over
 from vlmqual_conformance.sessions import Ended, Session
 from vlmqual_contract import fixtures
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
@@ -49,6 +51,23 @@ class _Command:
         parser.add_argument("--no-library", action="store_true", help="leave out the libraries that the targets use")
         parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="only cases that match, as pytest's")
         parser.add_argument("--known", type=Path, action="append", default=[], metavar="FILE", help="known failures")
+        parser.add_argument(
+            "--waivers",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="budgets that may be exceeded, with reason and expiry",
+        )
+        parser.add_argument(
+            "--reference", type=Path, metavar="DIR", help="judge by a reference of your checkpoint (vlmqual reference)"
+        )
+        parser.add_argument(
+            "--checkpoint",
+            type=Path,
+            metavar="DIR",
+            help="judge over your checkpoint: relations that need no reference",
+        )
         parser.add_argument("--dry-run", action="store_true", help="say what would be run, start nothing")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -62,7 +81,8 @@ class _Command:
             ended.append(sessions.run(_session(args, "target", target)))
             if ended[-1].exit == EXIT_USAGE:
                 return EXIT_USAGE
-        if not args.no_library and not any(item.exit == EXIT_INCOMPLETE for item in ended):
+        alone = args.no_library or args.checkpoint is not None or args.reference is not None
+        if not alone and not any(item.exit == EXIT_INCOMPLETE for item in ended):
             for library in dict.fromkeys(item.library for item in ended if item.library):
                 ended.append(sessions.run(_session(args, "library", library)))
                 if ended[-1].exit == EXIT_USAGE:
@@ -78,11 +98,15 @@ def _check(args: argparse.Namespace, targets: Sequence[str]) -> None:
         sessions.check(_session(args, "target", text))
     if args.results.exists() and not args.results.is_dir():
         raise UsageError(f"--results {args.results} is no folder")
-    known = catalogue.requirements() if args.requirement else {}
+    about = over(args.checkpoint, args.reference)
+    if about is not None and set(args.family or ()) - {about.model.family}:
+        raise UsageError(f"--family {args.family[0]}: {about.model.path} is a checkpoint of {about.model.family}")
+    known = catalogue.requirements(_scope(args)) if args.requirement else {}
     for name in args.requirement or ():
         if name not in known:
             raise UsageError(f"--requirement {name}: there is no such requirement{replays.near(name, known)}")
     failures.load_known(args.known)
+    waivers.load_live(args.waivers, date.today())
     fixtures.root()
 
 
@@ -98,20 +122,29 @@ def _session(args: argparse.Namespace, kind: str, subject: str) -> Session:
         requirements=tuple(args.requirement or ()),
         keyword=args.keyword,
         known=tuple(args.known),
+        waivers=tuple(args.waivers),
         fresh=args.fresh,
+        checkpoint=args.checkpoint,
+        reference=args.reference,
     )
+
+
+def _scope(args: argparse.Namespace) -> catalogue.Scope:
+    is_own = args.checkpoint is not None or args.reference is not None
+    return catalogue.CHECKPOINT if is_own else catalogue.FIXTURES
 
 
 def _plan(args: argparse.Namespace, targets: Sequence[str]) -> int:
     """Print what would be run: requirements by level for each kind of subject."""
     levels = {level for group in args.level or () for level in group} or set(LEVELS)
-    families = set(args.family or FAMILIES)
-    known = catalogue.requirements()
+    about = over(args.checkpoint, args.reference)
+    families = {about.model.family} if about else set(args.family or FAMILIES)
+    known = catalogue.requirements(_scope(args))
     ids = set(args.requirement or known)
     chosen = [r for r in known.values() if r.level in levels and r.family in families and r.id in ids]
     for subject, kind in (
         *((target, "target") for target in targets),
-        *([] if args.no_library else [("the libraries that these targets use", "library")]),
+        *([] if args.no_library or about else [("the libraries that these targets use", "library")]),
     ):
         counts: Counter[str] = Counter(item.level for item in chosen if item.subject == kind)
         print(f"{subject}: {sum(counts.values())} requirements")

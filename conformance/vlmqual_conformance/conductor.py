@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -13,11 +13,25 @@ from typing import Any, NoReturn
 
 import pytest
 
-from vlmqual_conformance import catalogue, failures, goldens, marks, outcomes, policy, progress, replays, subjects
+from vlmqual_conformance import (
+    budgets,
+    catalogue,
+    failures,
+    goldens,
+    marks,
+    outcomes,
+    policy,
+    progress,
+    references,
+    replays,
+    subjects,
+    waivers,
+)
 from vlmqual_conformance.catalogue import Case
 from vlmqual_conformance.failures import Failure
 from vlmqual_conformance.outcomes import outcome_of
 from vlmqual_conformance.plan import Plan
+from vlmqual_conformance.waivers import Waiver
 from vlmqual_contract import fixtures, machine
 from vlmqual_contract.discovery import code_digest, parse, suite_version
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, TargetFailure, VlmqualError
@@ -37,6 +51,7 @@ class _Running:
     text: str = ""
     seconds: float = 0.0
     judge: policy.Judge | None = None
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +71,7 @@ class Conductor:
         self._found = _Counts()
         self._requirements: dict[str, Requirement] = {}
         self._failures: list[Failure] = []
+        self._waivers: list[Waiver] = []
         self._keeper: subjects.TargetKeeper | subjects.LibraryKeeper | None = None
         self._writer: Writer | None = None
         self._reporter: progress.Reporter | None = None
@@ -72,18 +88,26 @@ class Conductor:
     def pytest_sessionstart(self) -> None:
         """Start the subject; what prevents that ends the session with one sentence."""
         try:
-            self._requirements = catalogue.requirements()
+            known = catalogue.requirements(self.plan.scope)
+            over = self.plan.over
+            self._requirements = {k: r for k, r in known.items() if over is None or r.family == over.model.family}
             self._failures = [
                 *failures.load_known(),
                 *(failures.load_known(self.plan.known) if self.plan.known else ()),
             ]
+            self._waive()
             limits = Limits(call_s=self.plan.timeout_s)
             if self.plan.target:
-                self._keeper = subjects.TargetKeeper(self.plan.target, python=self.plan.python, limits=limits)
+                self._keeper = subjects.TargetKeeper(
+                    self.plan.target, python=self.plan.python, limits=limits, threads=self._threads
+                )
                 dtype = self._keeper.info.dtype
                 if dtype not in policy.DTYPES:
                     valid = ", ".join(policy.DTYPES)
                     sentence = f"{self.plan.target} declares the compute dtype {dtype!r}; valid are {valid}"
+                    self._stopped = (sentence, EXIT_USAGE)
+                elif over is not None and over.reference is not None and dtype not in over.reference.dtypes:
+                    sentence = f"{over.reference.folder} has no noise of {dtype}; make it with --dtypes float32,{dtype}"
                     self._stopped = (sentence, EXIT_USAGE)
             else:
                 self._keeper = subjects.LibraryKeeper(self.plan.library, python=self.plan.python, limits=limits)
@@ -93,6 +117,18 @@ class Conductor:
             self._stopped = (str(mistake), EXIT_USAGE)
         if self._keeper is not None:
             self._config.stash[subjects.KEEPER] = self._keeper
+
+    def _waive(self) -> None:
+        """Read waivers, and compare the goldens' budgets with the lock.
+
+        Raises:
+            UsageError: a file is damaged, a user's waiver has expired, or a budget was changed.
+        """
+        today, ours = date.today(), waivers.load([waivers.OURS])
+        self._waivers = [*ours, *waivers.load_live(self.plan.waivers, today)]
+        if self.plan.target and self.plan.over is None:
+            budgets.check(self.plan.families or FAMILIES, today=today, given=self._waivers)
+        self._waivers = [waiver for waiver in self._waivers if not waiver.has_expired(today)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
@@ -120,7 +156,7 @@ class Conductor:
         for item in items:
             item.stash[CASE] = case_of(item)
         self._found.cases = [item.stash[CASE] for item in items]
-        self._found.whole = _is_whole(self._config)
+        self._found.whole = _is_whole(self._config, self.plan.scope)
         if found := catalogue.problems(self._found.cases, self._requirements, whole=self._found.whole):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             self._leave(f"{found[0]}{more}")
@@ -134,7 +170,9 @@ class Conductor:
         items[:] = kept
         self._several = len({self._first(item.stash[CASE]).family for item in kept}) > 1
         for item in kept:
-            item.stash[subjects.FAMILY] = self._first(item.stash[CASE]).family
+            case = item.stash[CASE]
+            item.stash[subjects.FAMILY] = self._first(case).family
+            item.stash[subjects.WAIVERS] = tuple(each for each in self._waivers if each.names(case.name, case.ids))
 
     def _first(self, case: Case) -> Requirement:
         return self._requirements[case.ids[0]]
@@ -201,6 +239,10 @@ class Conductor:
             if not any(entry.names(case.name, case.ids) for case in self._found.cases):
                 text = f"the known failure {entry.case!r} of {entry.file} names nothing: {entry.reason}"
                 rows.append(Verdict(f"{entry.file}::{entry.case}", (), "", "", Outcome.FAIL, text))
+        for waiver in self._waivers if self._found.whole and plan.target and not plan.select else ():
+            if waiver.case and not any(waiver.names(case.name, case.ids) for case in self._found.cases):
+                text = f"the waiver of {waiver.case!r} in {waiver.file} names nothing: {waiver.reason}"
+                rows.append(Verdict(f"{waiver.file}::{waiver.case}", (), "", "", Outcome.FAIL, text))
         return rows
 
     def _concerned(self) -> list[Failure]:
@@ -234,7 +276,7 @@ class Conductor:
         name, version = self._library()
         info = {**asdict(self._info), "capabilities": sorted(self._info.capabilities)} if self._info else {}
         families = self.plan.families or tuple(sorted({item.family for item in self._requirements.values()}))
-        extra = [*self.plan.known, *catalogue.requirement_files()]
+        extra = [*self.plan.known, *self.plan.waivers, *catalogue.requirement_files(self.plan.scope)]
         return Header(
             kind="conformance",
             subject=self.plan.subject,
@@ -251,11 +293,32 @@ class Conductor:
                 "select": self.plan.select,
                 "requirements": list(self.plan.requirements),
                 "python": self.plan.python or "",
-                "threads": subjects.THREADS,
-                "calibration": any(goldens.makers(family).get(name) == version for family in families),
+                "threads": self._threads or "",
+                "calibration": self._is_calibration(families),
                 "budget": f"{policy.FACTOR:g} x the noise of the worst honest arm",
+                "waivers": [waiver.plain() for waiver in self._waivers],
+                **self._own(),
             },
         )
+
+    @property
+    def _threads(self) -> int | None:
+        """Compute threads of a worker; over a user's checkpoint the target chooses."""
+        return subjects.THREADS if self.plan.over is None else None
+
+    def _is_calibration(self, families: Iterable[str]) -> bool:
+        """True when the subject's library is what made that by which it is judged."""
+        name, version = self._library()
+        if (over := self.plan.over) is not None:
+            return over.reference is not None and over.reference.maker == (name, version)
+        return any(goldens.makers(family).get(name) == version for family in families)
+
+    def _own(self) -> dict[str, Any]:
+        """Which checkpoint of the user's own, and by which reference."""
+        if (over := self.plan.over) is None:
+            return {}
+        digest = over.reference.digest if over.reference else ""
+        return {"checkpoint": over.name, "reference": digest, "over": over.paths}
 
     # one case --------------------------------------------------------------------------------------------------------
 
@@ -269,6 +332,7 @@ class Conductor:
         result = yield
         if self._keeper is not None:
             self._keeper.ended(self._running.error)
+        self._running.noted = dict(item.user_properties)
         self._conclude(case)
         return result
 
@@ -310,13 +374,16 @@ class Conductor:
             self._broken.append(f"{case.name}\n{running.text or traceback.format_exception(running.error)}")
         entries = [entry for entry in self._concerned() if entry.names(case.name, case.ids)]
         judged = failures.judge(outcome, reason, entries, date.today())
-        details: dict[str, Any] = dict(judged.details)
+        details: dict[str, Any] = {**judged.details, **running.noted}
         worst = component = None
         if (judge := running.judge) is not None and judge.findings:
             shown = judge.first_out or judge.worst
             if shown is not None and judge.worst is not None:
                 worst, component = finite(judge.worst.ratio), shown.component
+            details |= waivers.used(judge.waived) if judged.outcome is Outcome.PASS else {}
             details["ratios"] = {finding.component: finite(round(finding.ratio, 4)) for finding in judge.findings}
+        if judge is not None and judge.sayings is not None:
+            details["rules"] = judge.sayings.plain()
         info = self._info
         verdict = Verdict(
             case=case.name,
@@ -354,6 +421,7 @@ class Conductor:
             suite=header.plan["suite"],
             fixtures=header.plan["fixtures"],
             run=header.run,
+            **(plan.over.paths if plan.over else {}),
         )
         replays.write(plan.results / path, replay)
         return replace(verdict, details={**verdict.details, "replay": path.as_posix()})
@@ -387,7 +455,7 @@ class Conductor:
             for text in self._broken:
                 print(text, file=sys.stderr)
             print(progress.summary(verdicts, self._reporter.width if self._reporter else 80))
-            print(f"  {progress.counted(verdicts)}")
+            print("\n".join([*references.told(verdicts), f"  {progress.counted(verdicts)}"]))
         else:
             done = sum(name in writer.done for name in self._planned)
             print(f"  incomplete: {done} of {len(self._planned)} cases have a verdict; the same command resumes")
@@ -422,7 +490,8 @@ def _overlap(wanted: Sequence[str], ids: Iterable[str]) -> bool:
     return not wanted or not set(wanted).isdisjoint(ids)
 
 
-def _is_whole(config: pytest.Config) -> bool:
+def _is_whole(config: pytest.Config, scope: catalogue.Scope) -> bool:
     """True when the whole suite is collected, not some files of it."""
     names = {str(arg) for arg in config.args}
-    return "vlmqual_conformance.suite" in names or any(Path(name).resolve() == catalogue.SUITE for name in names)
+    package = f"vlmqual_conformance.{scope.suite.name}"
+    return package in names or any(Path(name).resolve() == scope.suite for name in names)

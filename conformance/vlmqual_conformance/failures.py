@@ -8,8 +8,6 @@ dtypes) and `runtime` (a pattern of the runtime that the target names).
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,6 +17,7 @@ from typing import Any
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from vlmqual_conformance import patterns
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Outcome
 
@@ -26,7 +25,6 @@ from vlmqual_contract.records import Outcome
 PASSED = "expected to fail but passed"
 FOLDER = Path(__file__).resolve().parent / "known"
 _KEYS = {"library", "versions", "case", "reason", "expires", "outcome", "dtype", "runtime"}
-_REQUIREMENT = re.compile(r"[A-Z0-9]+-[A-Z]+-\d{3}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Failure:
         """True when this library in this version is known to fail; a library run has neither dtype nor runtime."""
         if library != self.library or (self.dtypes and dtype not in self.dtypes):
             return False
-        if self.runtime and not _matches(self.runtime, runtime):
+        if self.runtime and not patterns.matches(self.runtime, runtime):
             return False
         try:
             return self.versions.contains(Version(version), prereleases=True)
@@ -68,15 +66,7 @@ class Failure:
 
     def names(self, case: str, ids: Iterable[str]) -> bool:
         """True when the entry is about this case."""
-        if _REQUIREMENT.fullmatch(self.case):
-            return self.case in ids
-        return _matches(self.case, case)
-
-
-def _matches(pattern: str, text: str) -> bool:
-    """As in a shell, but brackets are themselves: case names are full of them."""
-    parts = ({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in pattern)
-    return re.fullmatch("".join(parts), text) is not None
+        return patterns.names(self.case, case, ids)
 
 
 def load_known(paths: Iterable[Path] | None = None) -> list[Failure]:
@@ -90,12 +80,7 @@ def load_known(paths: Iterable[Path] | None = None) -> list[Failure]:
     """
     found: list[Failure] = []
     for path in sorted(FOLDER.glob("*.toml")) if paths is None else paths:
-        try:
-            tables = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"{path}: cannot be read as a file of known failures: {error}") from error
-        for table in tables.get("failure", []):
-            found.append(_failure(table, path.name))
+        found += [_failure(table, path.name) for table in patterns.tables(path, "failure", "known failures")]
     return found
 
 

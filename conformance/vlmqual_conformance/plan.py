@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmqual_conformance.catalogue import CHECKPOINT, FIXTURES, Scope
+from vlmqual_conformance.references import Over
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -20,11 +23,13 @@ class Plan:
         timeout_s: seconds for one answer.
         fresh: do not continue an unfinished run.
         known: further files of known failures.
+        waivers: the user's files of waivers.
         command: command line, for the record.
         status: file that the outcome is written to for the caller, or None.
         keyword: pytest's `-k`.
         requirements: only cases that carry one of these ids, empty for all.
         cases: only the cases of exactly these names, empty for all.
+        over: the user's checkpoint that is run instead of the fixtures, or None.
     """
 
     target: str
@@ -41,6 +46,13 @@ class Plan:
     keyword: str
     requirements: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
+    over: Over | None = None
+    waivers: tuple[Path, ...] = ()
+
+    @property
+    def scope(self) -> Scope:
+        """Where tests and requirements are."""
+        return FIXTURES if self.over is None else CHECKPOINT
 
     @property
     def subject(self) -> str:
@@ -51,5 +63,6 @@ class Plan:
     def select(self) -> str:
         """What narrows the run down beside families and levels, in words; "" for nothing."""
         named = (("requirement", self.requirements), ("case", self.cases))
-        words = [f"{word} {' or '.join(names)}" for word, names in named if names]
+        words = [*([self.over.name] if self.over else [])]
+        words += [f"{word} {' or '.join(names)}" for word, names in named if names]
         return " and ".join([*([self.keyword] if self.keyword else []), *words])

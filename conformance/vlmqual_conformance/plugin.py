@@ -14,6 +14,8 @@ import pytest
 from vlmqual_conformance import marks, subjects
 from vlmqual_conformance.conductor import Conductor
 from vlmqual_conformance.plan import Plan
+from vlmqual_conformance.references import over
+from vlmqual_contract.errors import UsageError
 from vlmqual_contract.launch import Limits
 from vlmqual_contract.requirement import LEVELS
 from vlmqual_contract.target import FAMILIES
@@ -32,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--vlmqual-python", default=None, help="interpreter of the subject's environment")
     group.addoption("--vlmqual-timeout", type=float, default=Limits().call_s, help="seconds for one answer")
     group.addoption("--vlmqual-fresh", action="store_true", help="do not continue an unfinished run")
+    group.addoption("--vlmqual-rules", action="store_true", help="write down what other rules of comparison would say")
     group.addoption("--vlmqual-known", action="append", default=[], help="further file of known failures")
+    group.addoption("--vlmqual-waivers", action="append", default=[], help="file of waivers")
+    group.addoption("--vlmqual-checkpoint", default=None, help="a user's checkpoint, instead of the fixtures")
+    group.addoption("--vlmqual-reference", default=None, help="folder of its reference")
     group.addoption("--vlmqual-command", default="", help="command line, for the record")
     group.addoption("--vlmqual-status", default=None, help="file to write path, library and exit code to")
 
@@ -41,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options; a wrong one ends the session with one sentence."""
     config.addinivalue_line("markers", f"{marks.NAME}(*ids, needs=()): requirements that the test checks")
     config.pluginmanager.register(subjects, "vlmqual-subjects")
+    config.option.tbstyle = "native"  # a failing case is told by its sentence: do not parse its source again
     option = config.getoption
     target, library = str(option("vlmqual_target")), str(option("vlmqual_library"))
     if not target and not library:
@@ -54,6 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if unknown := sorted(set(given) - set(valid)):
             raise pytest.UsageError(f"{name} {unknown[0]} is unknown; valid are {', '.join(valid)}")
     levels = set(option("vlmqual_level") or LEVELS)
+    try:
+        about = over(_path(option("vlmqual_checkpoint")), _path(option("vlmqual_reference")))
+    except UsageError as mistake:
+        raise pytest.UsageError(str(mistake)) from mistake
     plan = Plan(
         target=target,
         library=library,
@@ -69,5 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
         keyword=str(config.getoption("keyword", "") or ""),
         requirements=tuple(sorted(set(option("vlmqual_requirement")))),
         cases=tuple(sorted(set(option("vlmqual_case")))),
+        over=about,
+        waivers=tuple(Path(path) for path in option("vlmqual_waivers")),
     )
+    config.stash[subjects.OVER] = about
     config.pluginmanager.register(Conductor(config, plan), "vlmqual-conductor")
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vlmqual_conformance.rules import Sayings
+from vlmqual_conformance.waivers import Waiver
 from vlmqual_contract.distance import error
 from vlmqual_contract.target import Array, FloatArray
 
@@ -81,10 +83,14 @@ def data_order(component: str) -> tuple[int, tuple[int, ...], str]:
         ("text.cross_layers.", "text.layers."),  # by number, and of the same one the first stands first
         "text.",
         "prefill/",
-        "decode/",
     )
-    stage = next((index for index, start in enumerate(stages) if component.startswith(start)), len(stages))
-    return stage, tuple(int(number) for number in re.findall(r"\d+", component)), component
+    numbers = tuple(int(number) for number in re.findall(r"\d+", component))
+    if component.startswith("decode"):  # step by step, the logits of a step last
+        inner = component.partition("/")[2]
+        within = (len(stages) + 1,) if inner.startswith("logits") else (data_order(inner)[0], *data_order(inner)[1])
+        return len(stages), (*numbers[:1], *within), component
+    stage = next((index for index, start in enumerate(stages) if component.startswith(start)), len(stages) + 1)
+    return stage, numbers, component
 
 
 @dataclass
@@ -94,10 +100,14 @@ class Judge:
     Attributes:
         dtype: the target's declared compute dtype, which set the budgets.
         findings: comparisons in the order in which they were made.
+        sayings: what other rules say of them, None in a run that does not ask.
+        waivers: those of the case.
     """
 
     dtype: str
     findings: list[Finding] = field(default_factory=list)
+    sayings: Sayings | None = None
+    waivers: tuple[Waiver, ...] = ()
 
     def compare(
         self,
@@ -113,8 +123,16 @@ class Judge:
         Raises:
             BadAnswer: see `checked`.
         """
-        wide = checked(component, value, gold.shape, mask)
-        self.findings.append(Finding(component, error(wide, gold, mask, scale), FACTOR * noise))
+        try:
+            wide = checked(component, value, gold.shape, mask)
+        except BadAnswer:
+            if self.sayings is not None:
+                self.sayings.no_answer(component)
+            raise
+        finding = Finding(component, error(wide, gold, mask, scale), FACTOR * noise)
+        self.findings.append(finding)
+        if self.sayings is not None:
+            self.sayings.look(component, wide, gold, self.dtype, mask, finding.ratio)
 
     def same(
         self,
@@ -141,9 +159,20 @@ class Judge:
 
     @property
     def first_out(self) -> Finding | None:
-        """The first component in data order that left its budget."""
-        out = [finding for finding in self.findings if finding.ratio > 1.0]
+        """The first component in data order that left its budget, and what a waiver allows beyond it."""
+        out = [finding for finding in self.findings if finding.ratio > 1.0 and self._waiver(finding) is None]
         return min(out, key=lambda finding: data_order(finding.component), default=None)
+
+    @property
+    def waived(self) -> list[tuple[str, Waiver]]:
+        """Components that left their budgets, each with the waiver that allows it."""
+        out = [(finding.component, self._waiver(finding)) for finding in self.findings if finding.ratio > 1.0]
+        return [(component, waiver) for component, waiver in out if waiver is not None]
+
+    def _waiver(self, finding: Finding) -> Waiver | None:
+        """The first that allows it."""
+        allowing = (each for each in self.waivers if each.allows(finding.component, finding.ratio, self.dtype))
+        return next(allowing, None)
 
     def verdict(self) -> None:
         """Raise when a comparison left its budget.

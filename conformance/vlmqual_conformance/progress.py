@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from vlmqual_conformance import waivers
 from vlmqual_contract.records import Outcome, Verdict
 from vlmqual_contract.requirement import LEVELS
 
@@ -88,12 +89,16 @@ class Reporter:
 
 def counted(rows: Iterable[Verdict]) -> str:
     """Outcomes that occur, as words."""
+    rows = list(rows)
     counts = Counter(row.outcome for row in rows)
-    return ", ".join(f"{counts[outcome]} {outcome}" for outcome, _ in _COLUMNS if counts[outcome]) or "nothing"
+    words = {outcome: f"{counts[outcome]} {outcome}" for outcome, _ in _COLUMNS if counts[outcome]}
+    if waived := sum(map(waivers.is_used, rows)):
+        words[Outcome.PASS] += f" ({waived} by a waiver)"
+    return ", ".join(words.values()) or "nothing"
 
 
 def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
-    """A table of levels and outcomes, family by family, then every case that is not as required."""
+    """A table of levels and outcomes by family, the cases that are not as required, and what the target computes in."""
     levels = [*LEVELS, *sorted({row.level for row in verdicts} - set(LEVELS))]
     families = sorted({row.family for row in verdicts})
     several = len({*families} - {""}) > 1
@@ -111,6 +116,10 @@ def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
         cells = "".join(f"{counts[outcome] or '-':>9}" for outcome, _ in _COLUMNS)
         ratios = [row.worst for row in rows if row.worst is not None]
         lines.append(f"  {name:<{wide}}{cells}{_ratio(max(ratios)) if ratios else '':>10}")
+    waived = Counter((row.details["waiver"], row.details["waiver expires"]) for row in verdicts if waivers.is_used(row))
+    for (reason, until), count in waived.items():
+        text = f"WAIVED {count} {'case' if count == 1 else 'cases'} until {until}: {reason}"
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 8)
     bad = [row for row in verdicts if row.outcome in (Outcome.FAIL, Outcome.ERROR)]
     for row in bad[:_SHOWN]:
         case = f"{row.outcome.upper():<6}{row.case}"
@@ -118,6 +127,10 @@ def summary(verdicts: Sequence[Verdict], width: int = 80) -> str:
             lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * 8)
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more; the results file has all")
+    for row in verdicts:
+        if row not in bad and isinstance(seems := row.details.get("precision"), Mapping):
+            text = f"{row.family} {seems.get('says', '')}"
+            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 

@@ -72,7 +72,7 @@ def _session(args: argparse.Namespace, replay: Replay) -> Session:
         UsageError: the case does not exist, or is not one of this kind of subject.
     """
     file = sessions.file_of(replay.case)
-    files = sorted(path.name for path in catalogue.SUITE.glob("test_*.py"))
+    files = sorted(path.name for path in _scope(replay).suite.glob("test_*.py"))
     if not replay.requirements or file.endswith(".toml"):
         raise UsageError(f"no test stands behind {replay.case!r}: there is nothing to run")
     if file not in files:
@@ -91,9 +91,15 @@ def _session(args: argparse.Namespace, replay: Replay) -> Session:
         cases=(replay.case,),
         known=tuple(path for path in map(Path, replay.known) if path.is_file()),
         fresh=True,
+        checkpoint=Path(replay.checkpoint) if replay.checkpoint else None,
+        reference=Path(replay.reference) if replay.reference else None,
     )
     sessions.check(session)
     return session
+
+
+def _scope(replay: Replay) -> catalogue.Scope:
+    return catalogue.CHECKPOINT if replay.checkpoint else catalogue.FIXTURES
 
 
 def _warnings(replay: Replay) -> list[str]:
@@ -101,7 +107,9 @@ def _warnings(replay: Replay) -> list[str]:
     found = [f"the file of known failures {path} is gone" for path in replay.known if not Path(path).is_file()]
     if replay.version != suite_version():
         found.append(f"recorded by vlmqual {replay.version or '?'}, this is {suite_version()}")
-    elif not found and replay.suite != catalogue.digest([*map(Path, replay.known), *catalogue.requirement_files()]):
+    elif not found and replay.suite != catalogue.digest(
+        [*map(Path, replay.known), *catalogue.requirement_files(_scope(replay))]
+    ):
         found.append("tests, requirements or known failures are not those of the recorded run")
     if replay.fixtures != fixtures.digest():
         found.append("the fixtures are not those of the recorded run")
@@ -136,7 +144,7 @@ class _Trial:
     def _announce(self) -> None:
         replay, session = self.replay, self.session
         _line("case", replay.case)
-        known = catalogue.requirements()
+        known = catalogue.requirements(_scope(replay))
         for name in replay.requirements:
             item = known.get(name)
             _line("requirement", f"{name} {item.keyword}: {item.statement}" if item else f"{name}, not in this suite")

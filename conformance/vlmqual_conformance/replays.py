@@ -24,6 +24,8 @@ FORMAT = 1
 FOLDER = "replay"
 FAILED = (Outcome.FAIL, Outcome.ERROR, Outcome.EXPECTED_FAIL)
 _RECORD = "replay"
+#: Fields that files of earlier versions do not have.
+_LATER = ("checkpoint", "reference")
 _LONGEST = 100
 
 
@@ -52,6 +54,8 @@ class Replay:
         suite: digest of tests, requirements and policy.
         fixtures: digest of the fixtures.
         run: identity of the run.
+        checkpoint: directory of the user's checkpoint that the run was over, "" for the fixtures.
+        reference: folder of its reference, "" where none was given.
         format: number of this format.
     """
 
@@ -75,6 +79,8 @@ class Replay:
     suite: str
     fixtures: str
     run: str
+    checkpoint: str = ""
+    reference: str = ""
     format: int = FORMAT
 
 
@@ -166,6 +172,8 @@ def _replay(path: Path, data: Mapping[str, Any]) -> Replay:
     """A record, every field of it looked at."""
     values: dict[str, Any] = {}
     for name in (item.name for item in fields(Replay)):
+        if name not in data and name in _LATER:
+            continue
         if name not in data:
             raise UsageError(f"{path} is damaged: it lacks {name}")
         value = data[name]
@@ -225,8 +233,15 @@ def _row(run: Run, case: str) -> Replay:
         suite=header.plan.get("suite") or "",
         fixtures=header.plan.get("fixtures") or "",
         run=header.run,
+        **_over(header.plan),
     )
     return _replay(run.path, {**asdict(replay), "requirements": list(row.requirements), "known": []})
+
+
+def _over(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The user's checkpoint and its reference that a run was over."""
+    paths = plan.get("over")
+    return {name: str(paths.get(name) or "") for name in _LATER} if isinstance(paths, Mapping) else {}
 
 
 def record(verdict: Verdict, **about: Any) -> Replay:

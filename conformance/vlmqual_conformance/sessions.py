@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vlmqual_conformance import catalogue
+from vlmqual_conformance.catalogue import CHECKPOINT, FIXTURES, Scope
 from vlmqual_contract.discovery import LIBRARIES, TARGETS, installed, parse
 from vlmqual_contract.errors import EXIT_INCOMPLETE, EXIT_USAGE, UsageError
 
@@ -36,7 +36,11 @@ class Session:
         cases: only the cases of exactly these names, empty for all.
         keyword: pytest's `-k`.
         known: further files of known failures.
+        waivers: files of waivers.
         fresh: do not continue an unfinished run.
+        rules: write down what other rules of comparison would have said, see `rules`.
+        checkpoint: a user's own, in the place of the fixtures; None where it is the reference's, or none at all.
+        reference: folder of the checkpoint's reference, or None.
     """
 
     kind: str
@@ -51,6 +55,15 @@ class Session:
     keyword: str = ""
     known: tuple[Path, ...] = ()
     fresh: bool = False
+    rules: bool = False
+    checkpoint: Path | None = None
+    reference: Path | None = None
+    waivers: tuple[Path, ...] = ()
+
+    @property
+    def scope(self) -> Scope:
+        """Where tests and requirements are."""
+        return FIXTURES if self.checkpoint is None and self.reference is None else CHECKPOINT
 
     @property
     def name(self) -> str:
@@ -60,7 +73,8 @@ class Session:
     @property
     def files(self) -> list[Path]:
         """What pytest collects: the whole suite, or the files of the cases that are asked for."""
-        return [catalogue.SUITE / name for name in dict.fromkeys(map(file_of, self.cases))] or [catalogue.SUITE]
+        suite = self.scope.suite
+        return [suite / name for name in dict.fromkeys(map(file_of, self.cases))] or [suite]
 
 
 @dataclass(frozen=True)
@@ -104,16 +118,17 @@ def check(session: Session) -> None:
         raise UsageError(f"--timeout {session.timeout_s:g} is no time; it has to be above 0 seconds")
 
 
-def run(session: Session, *, quiet: bool = False) -> Ended:
+def run(session: Session, *, quiet: bool = False, python: str = sys.executable) -> Ended:
     """Run one session to its end, also when the user interrupts it.
 
     Args:
         session: what to do.
         quiet: print nothing; what it writes to standard error is in `Ended.said`.
+        python: interpreter that runs pytest.
     """
     with tempfile.TemporaryDirectory(prefix="vlmqual-") as folder, tempfile.TemporaryFile() as errors:
         status = Path(folder) / "status.json"
-        command = [*_pytest(session, folder), f"--vlmqual-status={status}"]
+        command = [python, *_pytest(session, folder), f"--vlmqual-status={status}"]
         code = _wait(_started(command, errors if quiet else None))
         errors.seek(0)
         said = errors.read().decode("utf-8", "replace").strip()
@@ -128,10 +143,10 @@ def run(session: Session, *, quiet: bool = False) -> Ended:
 
 
 def _pytest(session: Session, folder: str) -> list[str]:
-    """The command line of pytest without any configuration file or plugin but ours."""
+    """The arguments of an interpreter that runs pytest without any configuration file or plugin but ours."""
     return [
-        *(sys.executable, "-m", "pytest", *map(str, session.files)),
-        *("-c", os.devnull, "--rootdir", str(catalogue.SUITE), "--import-mode=importlib"),
+        *("-m", "pytest", *map(str, session.files)),
+        *("-c", os.devnull, "--rootdir", str(session.scope.suite), "--import-mode=importlib"),
         *("-p", "vlmqual_conformance.plugin", "-p", "no:cacheprovider", "-p", "no:terminal"),
         *(f"--basetemp={folder}/tmp",),
         *(["-k", session.keyword] if session.keyword else []),
@@ -144,7 +159,11 @@ def _pytest(session: Session, folder: str) -> list[str]:
         f"--vlmqual-timeout={session.timeout_s}",
         f"--vlmqual-command={shlex.join(['vlmqual', *sys.argv[1:]])}",
         *[f"--vlmqual-known={path}" for path in session.known],
+        *[f"--vlmqual-waivers={path}" for path in session.waivers],
         *(["--vlmqual-fresh"] if session.fresh else []),
+        *(["--vlmqual-rules"] if session.rules else []),
+        *([f"--vlmqual-checkpoint={session.checkpoint}"] if session.checkpoint else []),
+        *([f"--vlmqual-reference={session.reference}"] if session.reference else []),
         *([f"--vlmqual-python={session.python}"] if session.python else []),
     ]
 

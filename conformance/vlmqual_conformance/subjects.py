@@ -15,6 +15,9 @@ import pytest
 from vlmqual_conformance.goldens import Golden
 from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import Judge
+from vlmqual_conformance.references import Over
+from vlmqual_conformance.rules import Sayings
+from vlmqual_conformance.waivers import Waiver
 from vlmqual_contract import fixtures
 from vlmqual_contract.errors import TargetFailure, TargetHung, UsageError
 from vlmqual_contract.launch import Limits
@@ -22,7 +25,7 @@ from vlmqual_contract.remote import LibraryProcess, RemoteSession, RemoteTarget
 from vlmqual_contract.subject import RemoteLibrary
 from vlmqual_contract.target import Capability, Info, Model, Options
 
-#: Cache positions, enough for the longest golden case and its 16 steps; rows of the widest golden case.
+#: Cache positions, enough for the longest golden case and its steps; rows of the widest golden case.
 MAX_LENGTH = 2048
 ROWS = 2
 #: Compute threads of every worker: the models are tiny, and sums come in the same order on every machine.
@@ -45,8 +48,11 @@ class TargetKeeper:
         memory: what one case computed and others use as well.
     """
 
-    def __init__(self, text: str, *, python: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, text: str, *, python: str | None = None, limits: Limits | None = None, threads: int | None = THREADS
+    ) -> None:
         self.text = text
+        self._threads = threads
         self.hung = 0
         self.memory: dict[Hashable, object] = {}
         self._python = python
@@ -69,7 +75,7 @@ class TargetKeeper:
             raise TargetHung(f"not tried: the target hung in each of the {self.hung} cases before")
         if self._target is None or not self._target.alive:
             self._session = self._opened = None
-            self._target = RemoteTarget(self.text, python=self._python, threads=THREADS, limits=self._limits)
+            self._target = RemoteTarget(self.text, python=self._python, threads=self._threads, limits=self._limits)
         return self._target
 
     def session(self, model: Model, options: Options) -> RemoteSession:
@@ -113,7 +119,9 @@ class TargetKeeper:
         self._over_ranks.pop(size, None)  # opening another model closes the one before
         try:
             if target is None:
-                target = RemoteTarget(self.text, tp=size, python=self._python, threads=THREADS, limits=self._limits)
+                target = RemoteTarget(
+                    self.text, tp=size, python=self._python, threads=self._threads, limits=self._limits
+                )
                 self._ranks[size] = target
             self._over_ranks[size] = (key, target.open(model, options))
         except (TargetFailure, UsageError) as failure:
@@ -175,7 +183,11 @@ class LibraryKeeper:
 
 
 KEEPER = pytest.StashKey[TargetKeeper | LibraryKeeper]()
+#: The user's checkpoint that a run is over, None for the fixtures.
+OVER = pytest.StashKey[Over | None]()
 FAMILY = pytest.StashKey[str]()
+#: What a case is given by waivers.
+WAIVERS = pytest.StashKey[tuple[Waiver, ...]]()
 
 
 def demand(info: Info, needs: Iterable[Capability]) -> None:
@@ -241,9 +253,10 @@ def ranks(model: Model, keeper: TargetKeeper) -> RemoteSession:
 
 
 @pytest.fixture
-def judge(info: Info) -> Judge:
+def judge(info: Info, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Judge:
     """Collects comparisons; the plugin puts `worst` and `component` into the verdict."""
-    return Judge(info.dtype)
+    sayings = Sayings() if pytestconfig.getoption("vlmqual_rules") else None
+    return Judge(info.dtype, sayings=sayings, waivers=request.node.stash.get(WAIVERS, ()))
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class TargetRaised(TargetFailure):
     """
 
     def __init__(self, type_name: str, message: str, bases: tuple[str, ...] = (), trace: str = "") -> None:
-        super().__init__(f"{type_name}: {message}")
+        super().__init__(f"{type_name}: {message}" if message else type_name)
         self.type_name = type_name
         self.message = message
         self.bases = bases or (type_name,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from vlmqual_contract.discovery import LIBRARIES, TARGETS, origin, parse
-from vlmqual_contract.errors import TargetFailure, TargetMisspoke, UsageError
+from vlmqual_contract.errors import TargetFailure, TargetMisspoke, Unsupported, UsageError
 from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.launch import Group, Limits
 from vlmqual_contract.subject import RemoteLibrary
@@ -28,6 +28,9 @@ from vlmqual_contract.target import (
     Program,
     Prompt,
 )
+
+#: What a target that declares it cannot refuse as unsupported.
+_CAPABILITIES = {"preprocess": Capability.PREPROCESS, "vision": Capability.VISION, "taps": Capability.TAPS}
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class RemoteSession:
         load_s: seconds that the target took to open the model, of the slowest rank.
     """
 
-    def __init__(self, group: Group, model: Model, options: Options) -> None:
+    def __init__(self, group: Group, model: Model, options: Options, declared: Set[Capability]) -> None:
         self._group = group
+        self._declared = declared
         self.forgotten: list[int] = []
         replies = group.request_all({"op": "open", "model": asdict(model), "options": asdict(options)})
         self.load_s = max(float(reply["seconds"]) for reply in replies)
@@ -195,8 +199,17 @@ class RemoteSession:
             self.request({"op": "close"})
 
     def request(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask every rank; the answer of rank 0."""
-        return self.request_all(body)[0]
+        """Ask every rank; the answer of rank 0.
+
+        Raises:
+            TargetMisspoke: the target refuses as unsupported what it declares.
+        """
+        try:
+            return self.request_all(body)[0]
+        except Unsupported as error:
+            if (needed := _needed(body)) in self._declared:
+                raise TargetMisspoke(f"{needed} is declared, but the target answered: {error}") from error
+            raise
 
     def request_all(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Ask every rank; all answers."""
@@ -214,6 +227,14 @@ class RemoteSession:
         except TargetFailure:
             if error is None:
                 raise
+
+
+def _needed(body: Mapping[str, Any]) -> Capability | None:
+    """The capability that a request is about, where it is about one."""
+    if body["op"] == "read" and body.get("all_positions"):
+        return Capability.ALL_LOGITS
+    named = body["what"] if body["op"] == "read" else body["op"]
+    return _CAPABILITIES.get(named)
 
 
 def _features(features: RemoteFeatures | Mapping[str, Array] | None) -> Any:
@@ -275,7 +296,7 @@ class RemoteTarget:
 
     def open(self, model: Model, options: Options | None = None) -> RemoteSession:
         """Load a checkpoint."""
-        return RemoteSession(self._group, model, options or Options())
+        return RemoteSession(self._group, model, options or Options(), self.info.capabilities)
 
     def check(self, model: Model, options: Options) -> None:
         """Ask whether `open` would be refused, without loading; any size can be asked of a single process.

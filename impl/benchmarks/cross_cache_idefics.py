@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             same &= compare(f"{label}: anew", pair.cached, pair.anew, args.steps, args.rounds)
             if args.reference:
                 theirs = loaded(model, args.dtype)
-                way = lambda steps, pair=pair, theirs=theirs: pair.reference(theirs, steps)  # noqa: E731
+                way = partial(pair.reference, theirs)
                 same &= compare("    transformers", pair.cached, way, args.steps, args.rounds)
     return 0 if same else 1
 

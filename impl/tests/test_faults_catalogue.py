@@ -115,3 +115,55 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(catalogue, "TABLES", tmp_path)
     with pytest.raises(CatalogueError, match=r"two\.toml: mllama has two variants"):
         catalogue._all.__wrapped__()
+
+
+#: Functions that compute one component and nothing else, and the first tap behind each; read from the models.
+ONE_COMPONENT = {
+    "idefics": {
+        "models.idefics_vision:VisionEmbeddings.": "vision.embeddings",
+        "models.idefics_vision:VisionAttention.": "vision.layers.0",
+        "models.idefics_vision:VisionLayer.": "vision.layers.0",
+        "models.idefics_vision:ResamplerAttention.": "resampler.blocks.0",
+        "models.idefics_vision:ResamplerMLP.": "resampler.blocks.0",
+        "models.idefics:CrossLayer.": "text.cross_layers.0",
+        "models.idefics:CrossAttention.": "text.cross_layers.0",
+        "models.idefics:IdeficsDecoderLayer.": "text.layers.0",
+        "layers:LlamaAttention.": "text.layers.0",
+    },
+    "idefics3": {
+        "models.idefics3:VisionEmbeddings.": "vision.embeddings",
+        "models.idefics3:VisionAttention.": "vision.layers.0",
+        "models.idefics3:VisionLayer.": "vision.layers.0",
+        "models.idefics3:Idefics3Connector.": "connector",
+        "layers:LlamaAttention.": "text.layers.0",
+        "layers:LlamaDecoderLayer.": "text.layers.0",
+    },
+    "mllama": {
+        "models.mllama_vision:MllamaVision.embeddings": "vision.embeddings",
+        "models.mllama_vision:MllamaVision.patches": "vision.embeddings",
+        "models.mllama_vision:PositionEmbedding.": "vision.embeddings",
+        "models.mllama_vision:TileEmbedding.": "vision.embeddings",
+        "models.mllama:CrossAttention.": "text.layers.1",
+        "models.mllama:CrossLayer.": "text.layers.1",
+        "layers:LlamaAttention.": "text.layers.0",
+        "layers:LlamaDecoderLayer.": "text.layers.0",
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fault_in_the_code_of_one_component_expects_that_component(family: str) -> None:
+    seen = 0
+    for fault in variants(family, "fault"):
+        places = {
+            component
+            for change in fault.changes
+            for start, component in ONE_COMPONENT[family].items()
+            if change.where.startswith(start)
+        }
+        if len(places) != 1 or len(fault.changes) != 1:
+            continue
+        seen += 1
+        # "" is for faults that no tap of a prompt shows, for example those of rows that are beyond every image.
+        assert fault.component in ("", *places), f"{fault.name} changes {places} and expects {fault.component}"
+    assert seen > 15

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ MOVES = {
 class _Answers(BaseHTTPRequestHandler):
     """One path, one kind of answer; keeps what it was asked for."""
 
-    asked: list[tuple[str, str]] = []  # noqa: RUF012
+    asked: ClassVar[list[tuple[str, str]]] = []
 
     def log_message(self, *args: Any) -> None:
         return

@@ -329,6 +329,19 @@ def test_a_file_s_transparency_is_dropped_not_composited(tmp_path: Path) -> None
     assert np.asarray(image_files.read_image(path)).tolist() == [[[9, 8, 7], [9, 8, 7]]]
 
 
+@pytest.mark.parametrize(("mode", "key"), [("RGB", (9, 8, 7)), ("L", 9), ("P", 0)])
+def test_a_colour_that_stands_for_transparency_in_a_file_stays_what_it_is(
+    tmp_path: Path, mode: str, key: int | tuple[int, ...]
+) -> None:
+    path = tmp_path / "keyed.png"
+    image = Image.new(mode, (2, 1), key)
+    if mode == "P":
+        image.putpalette([9, 8, 7, 1, 2, 3])
+    path.write_bytes(_encoded("PNG", image, transparency=key))
+    wanted = [9, 9, 9] if mode == "L" else [9, 8, 7]
+    assert np.asarray(images.to_rgb(image_files.read_image(path))).tolist() == [[wanted, wanted]]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_truncated_and_damaged_files_give_one_sentence_that_names_them(tmp_path: Path, kind: str) -> None:
     data = _encoded(kind)

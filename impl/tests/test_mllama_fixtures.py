@@ -209,7 +209,8 @@ def test_golden_tensors_fit_each_other(path: Path) -> None:
     batch = ids.shape[0]
     assert mask.shape == ids.shape
     assert gold["prefill/logits"].shape == (batch, 600)
-    assert gold["decode/logits"].shape == (16, batch, 600)
+    steps = 40 if path.stem == "across-blocks" else 16
+    assert gold["decode/logits"].shape == (steps, batch, 600)
     assert np.array_equal(gold["decode/tokens"][0], gold["prefill/logits"].argmax(-1)), "forced tokens are greedy"
     assert np.array_equal(gold["decode/tokens"][1:], gold["decode/logits"][:-1].argmax(-1)), "forced tokens are greedy"
     assert all(len(set(row.tolist())) >= 4 for row in gold["decode/tokens"].T), "greedy tokens are all alike"

@@ -243,6 +243,20 @@ def test_positions_of_part_grids_are_those_of_the_documented_version(side: int) 
         assert torch.equal(idefics3.position_ids(mask, side)[0], wanted.flatten()), f"{rows}x{columns} of {side}"
 
 
+def test_positions_are_floors_but_for_whole_quotients_of_some_sides() -> None:
+    exceptions = {}
+    for side in range(1, 33):
+        table = idefics3.position_buckets(side, side)
+        for valid in range(1, side + 1):
+            for patch in range(valid):
+                found, floor = int(table[valid, patch]), patch * side // valid
+                if found != floor:
+                    assert (found, patch * side % valid) == (floor - 1, 0), f"patch {patch} of {valid}, side {side}"
+                    exceptions[side, valid, patch] = found
+    assert {side for side, _, _ in exceptions} == {19, 25, 29, 30, 31}
+    assert exceptions[25, 25, 5] == 4
+
+
 def test_pixel_shuffle_joins_neighbouring_patches() -> None:
     connector = idefics3.Idefics3Connector(Idefics3Config(**PARTS)).double()
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_a_step_that_a_later_prefill_left_behind_is_refused() -> None:
     with opened(EMULATED) as session:
         first = session.prefill(inputs)
         session.prefill(inputs)
-        with pytest.raises(UsageError, match="a later prefill has taken the cache of this step"):
+        with pytest.raises(Unsupported, match="a later prefill has taken the cache of this step"):
             session.decode(first)
 
 

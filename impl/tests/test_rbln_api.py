@@ -18,7 +18,7 @@ from torch import Tensor
 import vlmqual_impl
 import vlmqual_rebel
 from vlmqual_contract.errors import Unsupported
-from vlmqual_impl.target import BundledLibrary
+from vlmqual_impl.target_library import BundledLibrary
 
 HOSTS = {
     "idefics": "IdeficsForVisionText2Text",

@@ -16,7 +16,8 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Capability, Features, Model, Options, Step
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
 from vlmqual_impl.configs import Idefics3Config
-from vlmqual_impl.target import BundledLibrary, EagerTarget
+from vlmqual_impl.target import EagerTarget
+from vlmqual_impl.target_library import BundledLibrary
 
 CONFIG: dict[str, Any] = {
     "image_token_id": 60,

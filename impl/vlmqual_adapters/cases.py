@@ -36,6 +36,8 @@ class Case:
         text_taps: store hidden states of the text model after the prefill.
         all_logits: store logits of every position.
         checkpoint: whose model and processor; "" for the family's tiny one.
+        steps: decode steps after the prompt.
+        tapped: of which steps, counted from 1, hidden states are stored.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Case:
     text_taps: bool = True
     all_logits: bool = False
     checkpoint: str = ""
+    steps: int = STEPS
+    tapped: tuple[int, ...] = ()
 
     def processor_options(self) -> dict[str, Any]:
         """Keyword arguments for the image processor."""
@@ -86,13 +90,23 @@ def _frames_between(tensors: Tensors) -> Tensors:
     return {**tensors, "pixel_values": wide_pixels, "pixel_attention_mask": wide_mask}
 
 
+_WETTEST = " Which of these years was the wettest?"
 _BATCH = (
     (chat("<image>Compare this photograph with<image>and say what differs."), ("astronaut.png", "china.png")),
     (chat("<image>Describe it."), ("rocket.png",)),
 )
-_LONG = " ".join(
-    f"In year {1900 + index} the station by the lake measured {index * 37 % 211} mm of rain." for index in range(33)
-)
+#: Steps of the case whose prompt ends just below 1024 positions: they cross the end of a block of the cache, whatever
+#: power of two up to 1024 the block has. Hidden states are kept of its first and last steps and of those at the border.
+MANY_STEPS = 40
+
+
+def rain(years: int) -> str:
+    """A text of many tokens."""
+    return " ".join(
+        f"In year {1900 + index} the station by the lake measured {index * 37 % 211} mm of rain."
+        for index in range(years)
+    )
+
 
 CASES = (
     Case(
@@ -144,6 +158,7 @@ CASES = (
         "two rows with two images and one image, padded on the left",
         _BATCH,
         split=False,
+        vision_taps=False,
         all_logits=True,
     ),
     Case(
@@ -153,6 +168,7 @@ CASES = (
         split=False,
         side="right",
         vision_taps=False,
+        text_taps=False,
         all_logits=True,
     ),
     Case("text-only", "no image", ((chat("Name three things that float."), ()),), all_logits=True),
@@ -166,8 +182,18 @@ CASES = (
     Case(
         "text-long",
         "more positions than the original context of the rotary scaling",
-        ((chat(_LONG + " Which year was the wettest?"), ()),),
+        ((chat(rain(33) + " Which year was the wettest?"), ()),),
         text_taps=False,
+    ),
+    Case(
+        "across-blocks",
+        "an image and a long text that ends below 1024 positions; 40 steps cross them",
+        ((chat("<image>" + rain(24) + _WETTEST), ("edge-3x50.png",)),),
+        split=False,
+        vision_taps=False,
+        text_taps=False,
+        steps=MANY_STEPS,
+        tapped=(1, 2, 8, 16, 24, 32, 40),
     ),
     Case(
         "masked-pixels",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmqual_adapters.cases import Case, ImageReader, Tensors
+from vlmqual_adapters.cases import MANY_STEPS, Case, ImageReader, Tensors, rain
 from vlmqual_adapters.recipes_idefics import RESAMPLER_TINY
 from vlmqual_adapters.transformers_idefics import items
 from vlmqual_adapters.vocabulary import END_OF_UTTERANCE
@@ -59,9 +59,6 @@ def _lower_part_cut_off(tensors: Tensors) -> Tensors:
 _BATCH = (
     (chat("<image>Compare this photograph with<image>and say what differs."), ("astronaut.png", "text.png")),
     (chat("<image>Describe it."), ("rocket.png",)),
-)
-_LONG = " ".join(
-    f"In year {1900 + index} the station by the lake measured {index * 37 % 211} mm of rain." for index in range(7)
 )
 
 CASES = (
@@ -149,9 +146,18 @@ CASES = (
     Case(
         "text-long",
         "hundreds of positions",
-        ((chat(_LONG + " Which year was the wettest?"), ()),),
+        ((chat(rain(7) + " Which year was the wettest?"), ()),),
         vision_taps=False,
         text_taps=False,
+    ),
+    Case(
+        "across-blocks",
+        "an image and a long text that ends below 1024 positions; 40 steps cross them",
+        ((chat("<image>" + rain(24) + " Which of these years was the wettest?"), ("edge-224x112.png",)),),
+        vision_taps=False,
+        text_taps=False,
+        steps=MANY_STEPS,
+        tapped=(1, 2, 8, 16, 24, 32, 40),
     ),
     Case(
         "resampler-photo",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmqual_adapters.cases import Case, ImageReader, Tensors
+from vlmqual_adapters.cases import MANY_STEPS, Case, ImageReader, Tensors, rain
 from vlmqual_adapters.vocabulary_mllama import BOS, END_HEADER, END_OF_TURN, IMAGE, START_HEADER
 
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -54,9 +54,6 @@ def _noise_in_padding(tensors: Tensors) -> Tensors:
 _BATCH = (
     (chat(f"{IMAGE}Compare this photograph with{IMAGE}and say what differs."), ("astronaut.png", "text.png")),
     (chat(f"{IMAGE}Describe it."), ("rocket.png",)),
-)
-_LONG = " ".join(
-    f"In year {1900 + index} the station by the lake measured {index * 37 % 211} mm of rain." for index in range(16)
 )
 _BEFORE = "Read this line about harbours and lamps, then look at a picture."
 
@@ -156,8 +153,17 @@ CASES = (
     Case(
         "text-long",
         "more positions than the original context of the rotary scaling",
-        ((chat(_LONG + " Which year was the wettest?"), ()),),
+        ((chat(rain(16) + " Which year was the wettest?"), ()),),
         text_taps=False,
+    ),
+    Case(
+        "across-blocks",
+        "an image and a long text that ends below 1024 positions; 40 steps cross them",
+        ((chat(IMAGE + rain(24) + " Name the driest one, please."), ("edge-224x112.png",)),),
+        vision_taps=False,
+        text_taps=False,
+        steps=MANY_STEPS,
+        tapped=(1, 2, 8, 16, 24, 32, 40),
     ),
     Case(
         "hand-masks",

@@ -10,6 +10,7 @@ Names in a golden file (arrays; gold is float64 to 32 significant bits, position
   `features/image_encoder_embeddings`, with a resampler `features/perceiver_embeddings` (B, N, L, D)
 - `prefill/logits` (B, V), `prefill/all_logits` (B, S, V), `decode/tokens` (steps, B), `decode/logits` (steps, B, V)
 - `taps/vision/COMPONENT`, `taps/prefill/COMPONENT`
+- `taps/decode/COMPONENT` (K, B, D) of the K steps that `decode/tapped` names, counted from 1
 - `noise/DTYPE/TENSOR`: worst error over the arms; `chain/logits` is `prefill/logits` of arms with their own features
 - `arms/DTYPE`: names of the arms; `arms/DTYPE/errors` (arms, tensors); `arms/tensors`: names of the tensors
 - `meta`: a JSON text
@@ -45,7 +46,7 @@ from vlmqual_adapters import (
     recipes_idefics3,
     recipes_mllama,
 )
-from vlmqual_adapters.cases import STEPS, Case, Tensors
+from vlmqual_adapters.cases import Case, Tensors
 from vlmqual_adapters.drawing import SEED
 from vlmqual_adapters.ledger import DOCUMENTED, STAND_IN, Ledger
 from vlmqual_adapters.transformers_session import TransformersSession
@@ -92,11 +93,14 @@ BITS = 32
 _ROUNDING = {"float64": 2.0**-33, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 
 
-def run(session: TransformersSession, inputs: Tensors, gold: Mapping[str, Array] | None = None) -> dict[str, Array]:
+def run(
+    session: TransformersSession, case: Case, inputs: Tensors, gold: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
     """Every tensor of a case, from one session.
 
     Args:
         session: the reference or an arm of it.
+        case: says how many steps.
         inputs: the case's tensors.
         gold: features to be injected and tokens to be forced; None when gold itself is made, with greedy tokens.
     """
@@ -117,10 +121,16 @@ def run(session: TransformersSession, inputs: Tensors, gold: Mapping[str, Array]
     made |= {f"taps/prefill/{name}": value for name, value in step.taps().items() if not name.startswith("counters.")}
     tokens: list[IntArray] = []
     logits: list[FloatArray] = []
-    for index in range(STEPS):
+    hidden: dict[str, list[FloatArray]] = {}
+    for index in range(case.steps):
         tokens.append(step.tokens() if gold is None else np.asarray(gold["decode/tokens"][index]))
         step = session.decode(step, tokens[-1])
         logits.append(step.logits())
+        if index + 1 in case.tapped:
+            for name, value in step.taps().items():
+                if not name.startswith("counters."):
+                    hidden.setdefault(name, []).append(value[:, 0])
+    made |= {f"taps/decode/{name}": np.stack(values) for name, values in hidden.items()}
     made["decode/tokens"] = np.stack(tokens)
     made["decode/logits"] = np.stack(logits)
     return made
@@ -154,7 +164,7 @@ def make(case: Case, family: str, maker: Maker, reference: Any) -> dict[str, Arr
     wide = {name for name, a in inputs.items() if a.dtype == np.float32 or name == "cross_attention_mask"}
     exact = {name: a.astype(np.float64) if name in wide else a for name, a in inputs.items()}
     with reference.gold() as (session, guard):
-        gold = run(session, exact)
+        gold = run(session, case, exact)
     if FAMILIES[family].buckets and guard.lesser == 0 and "pixel_values" in inputs:
         raise RuntimeError("the guard has seen no bucketing of patch positions; it does not look where it should")
     for name, value in gold.items():
@@ -174,7 +184,7 @@ def make(case: Case, family: str, maker: Maker, reference: Any) -> dict[str, Arr
         errors = np.zeros((len(ARMS), len(judged)))
         for row, arm in enumerate(ARMS):
             with reference.arm(dtype, arm) as session:
-                values = run(session, inputs, gold)
+                values = run(session, case, inputs, gold)
             for column, name in enumerate(judged):
                 right = gold["prefill/logits" if name == "chain/logits" else name]
                 errors[row, column] = error(values[name], right, mask if _by_position(name) else None)
@@ -192,8 +202,10 @@ def make(case: Case, family: str, maker: Maker, reference: Any) -> dict[str, Arr
         "rows": [{"text": text, "images": list(images)} for text, images in case.rows],
         "processor_options": case.processor_options(),
         "padding_side": case.side,
-        "steps": STEPS,
+        "steps": case.steps,
     }
+    if case.tapped:
+        made["decode/tapped"] = np.array(case.tapped)
     made["meta"] = np.array(json.dumps(meta))
     unwanted = {
         "taps/vision/": case.vision_taps,

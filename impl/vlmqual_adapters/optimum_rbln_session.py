@@ -130,14 +130,15 @@ class OptimumRblnSession(Processing):
         """Feed one token for every row through the decode program for as many rows.
 
         Raises:
-            UsageError: the step is of another session, was decoded before, or was left behind by a later prefill.
+            UsageError: the step is of another session, or was decoded before.
+            Unsupported: a later prefill has taken its cache; the library has one for each model.
         """
         if not isinstance(step, OptimumRblnStep) or step.owner is not self:
             raise UsageError("decode needs a step of the same session")
         if step.spent:
             raise UsageError("this step was decoded before; its cache has gone on to the next step")
         if step.turn != self._turn:
-            raise UsageError("a later prefill has taken the cache of this step; the library has one for each model")
+            raise Unsupported("a later prefill has taken the cache of this step; the library has one for each model")
         step.spent = True
         torch = self._torch
         given = step.tokens() if tokens is None else np.asarray(tokens, dtype=np.int64)

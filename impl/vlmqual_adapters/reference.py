@@ -110,7 +110,10 @@ class Chunks(TorchFunctionMode):
             return self._sum(args[0], args[1], -1, -2, torch.matmul)
         if func in (functional.conv2d, torch.conv2d):
             image, weight, bias, *rest = args
-            part = lambda x, w: functional.conv2d(x, w, None, *rest)  # noqa: E731
+
+            def part(image: Any, weight: Any) -> Any:
+                return functional.conv2d(image, weight, None, *rest)
+
             return self._plus(self._sum(image, weight, 1, 1, part), None if bias is None else bias[:, None, None])
         return func(*args, **named)
 

@@ -1,9 +1,9 @@
-"""Workers that need not import anything: one process imports what they need, and each of them is a copy of it.
+"""Processes that need not import anything: one process imports what they need, and each of them is a copy of it.
 
-A proof starts a few hundred workers, and most of the time of a short one goes into importing torch. `Nursery.python`
-stands where the interpreter of a target's environment may be named; what is started by it is a stand-in of a few lines
-that hands its standard streams to a copy of the process that has imported everything, and ends as that does. When the
-stand-in is killed the copy ends as well.
+A proof starts a few hundred sessions of the suite and as many workers, and most of the time of a short one goes into
+importing: torch on the one side, pytest and the whole suite on the other. `Nursery.python` stands where an interpreter
+may be named; what is started by it is a stand-in of a few lines that hands its standard streams to a copy of the
+process that has imported everything, and ends as that does. When the stand-in is killed the copy ends as well.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import threading
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from vlmqual_faults.surgery import PACKAGE, source
 
-#: Beside what these import themselves.
+#: "worker" stands for an interpreter that starts `vlmqual_contract.worker`, "suite" for one that starts pytest.
+Kind = Literal["worker", "suite"]
+#: What a worker needs, beside what these import themselves.
 _MODULES = (
     "vlmqual_contract.worker",
     "vlmqual_faults.target",
@@ -32,13 +34,14 @@ _MODULES = (
     "vlmqual_impl.runtime.eager",
     "vlmqual_impl.families",
     "torch.distributed",
+    "torch._dynamo",  # as soon as an embedding is made on the device "meta"
     "transformers.models.auto.tokenization_auto",
 )
 _STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 link = socket.socket(socket.AF_UNIX)
 link.connect({path!r})
-socket.send_fds(link, [json.dumps([sys.argv[4:], dict(os.environ), os.getcwd()]).encode() + b"\\n"], [0, 1, 2])
+socket.send_fds(link, [json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode() + b"\\n"], [0, 1, 2])
 for number in (0, 1):
     os.close(number)
 code = link.recv(8)
@@ -47,13 +50,14 @@ os._exit(int(code) if code else 1)
 
 
 class Nursery:
-    """Holds the process that workers are copies of.
+    """Holds the process of which others are copies.
 
     Attributes:
         python: path that stands for an interpreter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = "worker") -> None:
+        """Start it; what is asked of it before it has imported everything waits."""
         self._folder = tempfile.TemporaryDirectory(prefix="vlmqual-nursery-")
         folder = Path(self._folder.name)
         path = str(folder / "socket")
@@ -66,7 +70,7 @@ class Nursery:
         self.python = str(stand_in)
         number = self._listener.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vlmqual_faults.nursery", str(number)],
+            [sys.executable, "-m", "vlmqual_faults.nursery", kind, str(number)],
             pass_fds=(number,),
             stdin=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
@@ -84,26 +88,58 @@ class Nursery:
         self._folder.cleanup()
 
 
-def serve(listener: socket.socket) -> None:
+def serve(kind: str, listener: socket.socket) -> None:
     """Import, then make a copy of this process for every stand-in that asks, until the proof is over."""
-    for name in _MODULES:
-        import_module(name)
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{PACKAGE}."):
-            source(module)  # of what is loaded now, whatever is edited later
+    if kind == "suite":
+        _load_suite()
+    else:
+        _load_worker()
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the proof, which ends this process
     while True:
         link, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _become(link)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _become(kind, link)
         link.close()
 
 
-def _become(link: socket.socket) -> None:
-    """Be the worker that a stand-in asked for, then end."""
+def _load_worker() -> None:
+    for name in _MODULES:
+        import_module(name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{PACKAGE}."):
+            source(module)  # of what is loaded now, whatever is edited later
+
+
+def _load_suite() -> None:
+    """Collect the whole suite once, and read the goldens; copies find the modules and the arrays in memory."""
+    from vlmqual_conformance.goldens import goldens
+    from vlmqual_contract.target import FAMILIES
+    from vlmqual_faults.cases import collected
+
+    collected()
+    for golden in (golden for family in FAMILIES for golden in goldens(family)):
+        for name in golden.names:
+            golden.array(name)
+
+
+def _work(kind: str, arguments: list[str]) -> int:
+    """What the interpreter would do: `-c CODE FOLDERS worker's arguments` or `-m pytest pytest's arguments`."""
+    if kind == "suite":
+        import pytest
+
+        return int(pytest.main(arguments[2:]))
+    sys.argv = ["worker", *arguments[3:]]
+    worker: Any = import_module("vlmqual_contract.worker")
+    return int(worker.main())
+
+
+def _become(kind: str, link: socket.socket) -> None:
+    """Be what a stand-in asked for, then end."""
     code = 1
     try:
         os.setsid()
@@ -119,9 +155,7 @@ def _become(link: socket.socket) -> None:
         os.environ.update(environment)
         os.chdir(directory)
         threading.Thread(target=_end_with, args=(link,), daemon=True).start()
-        sys.argv = ["worker", *arguments]
-        worker: Any = import_module("vlmqual_contract.worker")
-        code = int(worker.main())
+        code = _work(kind, arguments)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
@@ -147,4 +181,4 @@ def _end_with_standard_input() -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

@@ -10,7 +10,8 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_contract.target import Capability, Info, Model, Options
 from vlmqual_faults.catalogue import Variant, names, variant
 from vlmqual_faults.surgery import SurgeryError, changed
-from vlmqual_impl.target import EagerSession, EagerTarget, one_of
+from vlmqual_impl.target import EagerTarget, one_of
+from vlmqual_impl.target_session import EagerSession
 
 #: What a device lets an observer see: everything; logits of every position; those of the last position alone.
 PROFILES = {

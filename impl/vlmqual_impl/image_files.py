@@ -50,7 +50,9 @@ def decoded(
             upright = ImageOps.exif_transpose(image)  # IDEFICS3-FILE-001
             if upright.mode == "P" and isinstance(upright.info.get("transparency"), bytes):
                 upright = upright.convert("RGBA")  # the same colours; Pillow warns when this step is left out
-            return upright.convert("RGB")  # IDEFICS3-FILE-002
+            picture = upright.convert("RGB")  # IDEFICS3-FILE-002
+            picture.info.pop("transparency", None)  # else the colour that stood for it would be laid on white later
+            return picture
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else _reason(error)
         raise ImageError(f"{trouble}: {reason}") from error

@@ -1,40 +1,25 @@
-"""The bundled implementation as a target and as a library subject. The only module here that knows the contract."""
+"""The bundled implementation as a target. It and the other `target_*` modules alone know the contract."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from vlmqual_contract.errors import Unsupported, UsageError
+from vlmqual_contract.errors import UsageError
 from vlmqual_contract.footprint import Footprint
-from vlmqual_contract.target import (
-    Array,
-    Capability,
-    Features,
-    FloatArray,
-    Info,
-    Inputs,
-    IntArray,
-    Model,
-    Options,
-    Prompt,
-    Step,
-)
+from vlmqual_contract.target import Capability, Info, Model, Options, Prompt
+from vlmqual_impl.target_session import EagerSession
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from vlmqual_impl.configs import PretrainedConfig
     from vlmqual_impl.families import Family
-    from vlmqual_impl.runtime.base import Runtime, Sequences
 
 FAMILIES = ("idefics", "idefics3", "mllama")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -94,7 +79,7 @@ class EagerTarget:
         import torch
 
         from vlmqual_impl import tp
-        from vlmqual_impl.weights import load
+        from vlmqual_impl.weights import load, unfilled
 
         directory, values, config, family = checked(model, options)
         if self._threads:
@@ -104,7 +89,7 @@ class EagerTarget:
             try:
                 rank = tp.environment(os.environ, options.tp) if options.tp > 1 else 0
                 config = family.prepared(config, values, directory)
-                with torch.device("meta"):
+                with unfilled():
                     network = family.network(config)
                 device, cuts = self._device, {}
                 if options.tp > 1:
@@ -243,231 +228,6 @@ def checked(model: Model, options: Options) -> tuple[Path, dict[str, Any], Pretr
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     return directory, values, config, family
-
-
-class EagerSession:
-    """An opened model."""
-
-    def __init__(self, runtime: Runtime, family: Family, features: str, directory: Path, options: Options) -> None:
-        self._runtime = runtime
-        self._family = family
-        self._features = features
-        self._directory = directory
-        self._options = options
-        self._processor: Any = None
-
-    def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
-        """Padded tensors of prompts and image files; the shorter rows are padded on the left.
-
-        Raises:
-            UsageError: the checkpoint has no processor, or an image cannot be read.
-        """
-        try:
-            return self._preprocess(prompts)
-        except (ValueError, OSError) as error:
-            raise UsageError(str(error)) from error
-
-    def _preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
-        from vlmqual_impl.image_files import read_image
-
-        if self._processor is None:
-            from vlmqual_impl.api.auto import AutoProcessor
-
-            self._processor = AutoProcessor.from_pretrained(str(self._directory))
-            self._processor.tokenizer.padding_side = "left"
-        images = [[read_image(path) for path in prompt.images] for prompt in prompts]
-        prompted = self._family.prompted([prompt.text for prompt in prompts], images)
-        batch = self._processor(**prompted, padding=True, return_tensors="np")
-        return {key: np.asarray(value) for key, value in batch.items()}
-
-    def vision(self, inputs: Inputs) -> Features:
-        """Run the vision tower to the connector's output."""
-        if "pixel_values" not in inputs:
-            raise UsageError("vision needs pixel_values; the inputs are " + ", ".join(inputs))
-        taps: dict[str, Tensor] | None = {} if self._options.taps else None
-        features = self._runtime.encode(_tensors(inputs), taps)
-        return EagerFeatures(self._features, features, taps or {})
-
-    def prefill(self, inputs: Inputs, features: Features | Mapping[str, Array] | None = None) -> Step:
-        """Start new sequences; rows may be of unequal length."""
-        import torch
-
-        given: Tensor | None = None
-        if isinstance(features, EagerFeatures):
-            given = features.tensor
-        elif features is not None:
-            arrays = features if isinstance(features, Mapping) else features.arrays()
-            if self._features not in arrays:
-                raise UsageError(f"features have {', '.join(arrays) or 'nothing'}; {self._features} is needed")
-            given = torch.as_tensor(np.ascontiguousarray(arrays[self._features]))
-        sequences = self._runtime.prefill(
-            _tensors(inputs), given, max_length=self._options.max_length, taps=self._options.taps
-        )
-        return EagerStep(self._runtime, sequences, whole=True)
-
-    def decode(self, step: Step, tokens: IntArray | None = None) -> Step:
-        """One token further: `tokens` (B,) where given, the step's own greedy tokens otherwise."""
-        import torch
-
-        if not isinstance(step, EagerStep):
-            raise UsageError(f"decode continues a step of this session, not a {type(step).__name__}")
-        if tokens is None:
-            chosen = step.greedy()
-        else:
-            vocabulary = self._runtime.vocabulary
-            ids = np.asarray(tokens)
-            if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
-                raise UsageError(f"forced tokens {ids.tolist()} leave the vocabulary 0 to {vocabulary - 1}")
-            chosen = torch.as_tensor(ids.astype(np.int64))
-        return EagerStep(self._runtime, self._runtime.decode(step.sequences, chosen, taps=self._options.taps))
-
-    def synchronize(self) -> None:
-        """Return when the device has done everything."""
-        self._runtime.synchronize()
-
-
-class EagerFeatures:
-    """Image features on the device."""
-
-    def __init__(self, name: str, tensor: Tensor, taps: Mapping[str, Tensor]) -> None:
-        self._name = name
-        self.tensor = tensor
-        self._taps = taps
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype on the device."""
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    def arrays(self) -> Mapping[str, FloatArray]:
-        """The features under their documented name; see `vlmqual_contract.target.Features`."""
-        return {self._name: widened(self.tensor)}
-
-    def taps(self) -> Mapping[str, FloatArray]:
-        """Hidden states by component name."""
-        return {name: widened(value) for name, value in self._taps.items()}
-
-
-class EagerStep:
-    """Sequences on the device."""
-
-    def __init__(self, runtime: Runtime, sequences: Sequences, whole: bool = False) -> None:
-        self.sequences = sequences
-        self._runtime = runtime
-        self._whole = whole
-        self._greedy: Tensor | None = None
-
-    @property
-    def dtype(self) -> str:
-        """Name of the logits' dtype on the device."""
-        return str(self.sequences.logits.dtype).removeprefix("torch.")
-
-    def greedy(self) -> Tensor:
-        """Greedy next tokens (B,), still on the device."""
-        if self._greedy is None:
-            self._greedy = self.sequences.logits.argmax(-1)
-        return self._greedy
-
-    def tokens(self) -> IntArray:
-        """Greedy next token of every row, (B,)."""
-        found: IntArray = self.greedy().cpu().numpy()
-        return found
-
-    def logits(self, all_positions: bool = False) -> FloatArray:
-        """Logits of the last real position (B, V), of every position (B, S, V) where asked for after a prefill."""
-        if not all_positions:
-            return widened(self.sequences.logits)
-        return widened(self._runtime.head(self.sequences.hidden))
-
-    def taps(self) -> Mapping[str, FloatArray]:
-        """Hidden states by component name, (B, S, D)."""
-        return {name: widened(value) for name, value in self.sequences.taps.items()}
-
-
-class BundledLibrary:
-    """The package `vlmqual_impl` as a library subject; with `emulate=1` its RBLN classes run over the emulator.
-
-    Attributes:
-        name: "vlmqual_impl".
-        version: its version.
-        families: all of them.
-        emulated: True over the emulator.
-    """
-
-    name = "vlmqual_impl"
-    families = FAMILIES
-
-    def __init__(self, emulate: str = "0") -> None:
-        """Put the emulator in the SDK's place where that is asked for.
-
-        Raises:
-            UsageError: `emulate` is neither "0" nor "1", or the emulator refuses.
-        """
-        one_of("emulate", emulate, ("0", "1"))
-        self.version = package_version("vlmqual")
-        self.emulated = emulate == "1"
-        if self.emulated:
-            from vlmqual_rebel import EmulatorError, install
-
-            try:
-                install()
-            except EmulatorError as error:
-                raise UsageError(f"emulate=1: {error}") from error
-
-    def resolve(self, name: str) -> Any:
-        """The object called `name` in the package root.
-
-        Raises:
-            AttributeError: there is no such object.
-            Unsupported: it is a class for RBLN's NPUs, and there is neither SDK nor emulator.
-        """
-        import vlmqual_impl
-
-        if name.startswith("RBLN") and not package_version("rebel-compiler"):
-            raise Unsupported(
-                f"{name} needs rebel-compiler, which is not installed; the library vlmqual_impl:emulate=1 runs it over "
-                "an emulator"
-            )
-        return getattr(vlmqual_impl, name)
-
-    def to_array(self, value: Any) -> Array | None:
-        """A tensor as numpy array (bfloat16 widened), None for anything else."""
-        import torch
-
-        return widened(value) if isinstance(value, torch.Tensor) else None
-
-    def from_array(self, array: Array, dtype: str | None = None) -> Any:
-        """A numpy array as tensor, in `dtype` where given.
-
-        Raises:
-            UsageError: torch has no dtype of that name.
-        """
-        import torch
-
-        tensor = torch.as_tensor(np.ascontiguousarray(array))
-        if dtype is None:
-            return tensor
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype):
-            raise UsageError(f"dtype {dtype!r} is no dtype of torch")
-        return tensor.to(kind)
-
-
-def widened(tensor: Tensor) -> Array:
-    """A copy in numpy, types that numpy cannot name as float32."""
-    import torch
-
-    value = tensor.detach().cpu()
-    if value.dtype.is_floating_point and value.dtype not in (torch.float16, torch.float32, torch.float64):
-        value = value.to(torch.float32)
-    array: Array = value.numpy().copy()
-    return array
-
-
-def _tensors(inputs: Inputs) -> dict[str, Tensor]:
-    import torch
-
-    return {key: torch.as_tensor(np.ascontiguousarray(value)) for key, value in inputs.items()}
 
 
 def _leave(joined: bool) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.footprint import Graph
 from vlmqual_contract.target import Model, Options, Prompt
-from vlmqual_impl.target import EagerSession, checked
+from vlmqual_impl.target import checked
+from vlmqual_impl.target_session import EagerSession
 
 if TYPE_CHECKING:
     import torch
@@ -76,18 +77,17 @@ def outline(
     Raises:
         UsageError: the checkpoint or a prompt is not valid, or the request does not fit `options.max_length`.
     """
-    import torch
-
     from vlmqual_impl import tp
     from vlmqual_impl.graphs import GRAPHS
     from vlmqual_impl.recording import Recorder, hollow
     from vlmqual_impl.runtime.graphs import GraphRuntime
+    from vlmqual_impl.weights import unfilled
 
     directory, values, config, family = checked(model, options)
     try:
         if any(directory.glob("*.safetensors")):
             config = family.prepared(config, values, directory)
-        with torch.device("meta"):
+        with unfilled():
             part, network = family.network(config), family.network(config)
         if options.tp > 1:
             tp.shard(part, family.plan, 0, options.tp)

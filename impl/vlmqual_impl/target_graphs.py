@@ -12,7 +12,8 @@ from vlmqual_contract import machine
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.target import Call, Capability, Costs, Info, Model, Options, Program, Prompt
-from vlmqual_impl.target import ATTENTION, FAMILIES, EagerSession, checked, one_of, package_version, thread_count
+from vlmqual_impl.target import ATTENTION, FAMILIES, checked, one_of, package_version, thread_count
+from vlmqual_impl.target_session import EagerSession
 
 if TYPE_CHECKING:
     from vlmqual_impl.artifacts import Shelf
@@ -125,7 +126,7 @@ class GraphTarget(ABC):
         from vlmqual_impl.artifacts import Shelf
         from vlmqual_impl.graphs import GRAPHS
         from vlmqual_impl.runtime.graphs import GraphRuntime, Shapes
-        from vlmqual_impl.weights import load
+        from vlmqual_impl.weights import load, unfilled
 
         self.allow(options)
         if self._threads:
@@ -133,7 +134,7 @@ class GraphTarget(ABC):
         directory, values, config, family = checked(model, options)
         try:
             config = family.prepared(config, values, directory)
-            with torch.device("meta"):
+            with unfilled():
                 network = family.network(config)
             load(network, directory, rename=family.rename, dtype=getattr(torch, self._dtype))
             settings = (("attention", self._attention), ("device", self._device))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vlmqual_impl.checkpoints import CheckpointError
 from vlmqual_impl.configs import ConfigError, read_json
@@ -26,6 +28,29 @@ INDEX = "model.safetensors.index.json"
 _MAPPED_BYTES = 1 << 30
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills new weights with numbers."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, unless it is an initialisation; that returns its tensor."""
+        named = dict(kwargs or {})
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Where a model is made to be loaded: on the meta device, without numbers.
+
+    Initialising what has no storage does nothing, slowly: torch would load its compiler for random numbers there.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def stored(directory: Path) -> dict[str, Path]:

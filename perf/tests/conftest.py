@@ -1,4 +1,8 @@
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for truth_target, which workers load by its path
+# Where pytest was started in the background, SIGINT is ignored, and whatever a test starts to interrupt inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -83,6 +83,14 @@ def test_headroom_is_that_of_the_worst_case_and_names_its_component(book, make_v
     assert "0.75" in page.by_id("requirements").text
 
 
+def test_what_a_target_seems_to_compute_in_stands_in_the_summary(book, make_verdict):
+    seems = {"says": "computes like <float32>, finer than declared; declared bfloat16", "accused": False}
+    book.write(book.header(), [make_verdict("a", details={"precision": seems})])
+    page = book.page()
+    assert f"precision idefics3 {seems['says']}" in page.by_id("summary").text
+    assert "declared bfloat16" in book.markdown()
+
+
 def test_a_failure_is_listed_with_reason_component_error_and_what_was_observed(book, make_verdict, make_requirement):
     book.statements = Statements({"IDEFICS3-IMG-001": make_requirement("IDEFICS3-IMG-001")})
     book.write(

@@ -9,7 +9,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from vlmqual_contract.errors import UsageError
+from vlmqual_contract.errors import EXIT_FAILED, UsageError
 from vlmqual_reports.load import load
 from vlmqual_reports.page import html, markdown, view
 from vlmqual_reports.statements import installed_statements
@@ -17,7 +17,7 @@ from vlmqual_reports.subjects import exit_code
 
 
 class _Command:
-    help = "write one HTML page and one Markdown page from results of conformance and perf"
+    help = "write one HTML page and one Markdown page from results of conformance, perf and proof"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
@@ -59,7 +59,11 @@ class _Command:
             print(f"vlmqual report: {problem}", file=sys.stderr)
         for subject in content.subjects:
             print(f"{subject.title}: {subject.judgement.line}")
+        for proof in results.proofs:
+            print(f"{proof.path}: {'as required' if proof.fine else 'failed'}")
         print(f"{page} {text_page}")
+        if not all(proof.fine for proof in results.proofs):
+            return EXIT_FAILED
         return exit_code(content.subjects, results.problems)
 
 

@@ -157,6 +157,12 @@ def tightest(run: Run) -> Verdict | None:
     return max(passed, key=lambda row: row.worst or 0.0, default=None)
 
 
+def precisions(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the target seems to compute in: families and sentences, as the precision detective wrote them down."""
+    seems = ((row.family, row.details.get("precision")) for row in run.verdicts)
+    return tuple((family, str(found.get("says", ""))) for family, found in seems if isinstance(found, Mapping))
+
+
 def families(run: Run) -> set[str]:
     """Families that a run covers: those of its plan and those of its cases."""
     planned = run.header.plan.get("families", ())
@@ -247,5 +253,5 @@ def _groups(number: int, run: Run, outcome: Outcome, today: date) -> list[Group]
 
 
 def observed(verdict: Verdict) -> dict[str, Any]:
-    """What a verdict recorded beside its reason, without the expiry, which is shown in its own place."""
-    return {key: value for key, value in verdict.details.items() if key not in ("expires", "expiry")}
+    """What a verdict recorded beside its reason, without expiry and precision, which are shown in their own places."""
+    return {key: value for key, value in verdict.details.items() if key not in ("expires", "expiry", "precision")}

@@ -15,6 +15,8 @@ from typing import Any
 
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Measurement, Run, Verdict, read
+from vlmqual_reports import proofs
+from vlmqual_reports.proofs import Proof
 
 _STATES = ("valid", "noisy", "not-steady", "failed")
 
@@ -27,27 +29,33 @@ class Results:
         newest: the runs that the page is about, conformance first, by subject.
         older: runs that a newer one replaces, newest first.
         problems: one sentence for every file that cannot be used.
+        proofs: what `vlmqual proof` found, in the order in which they were named.
     """
 
     newest: tuple[Run, ...]
     older: tuple[Run, ...] = ()
     problems: tuple[str, ...] = ()
+    proofs: tuple[Proof, ...] = ()
 
 
 def load(paths: Sequence[Path]) -> Results:
-    """Read results files, and those that lie directly in directories.
+    """Read results files, and those that lie directly in directories; also a `proof.json` there or in `proof` there.
 
     Raises:
         UsageError: a path does not exist, a directory holds no results file, or no file can be used.
     """
     found: list[Run] = []
+    proven: list[Proof] = []
     problems: list[str] = []
     for path in _files(paths):
         try:
-            found.append(_checked(read(path)))
+            if path.suffix == ".json":
+                proven.append(proofs.read(path))
+            else:
+                found.append(_checked(read(path)))
         except UsageError as error:
             problems.append(str(error))
-    if not found:
+    if not found and not proven:
         raise UsageError("; ".join(problems) or "no results file was named; name at least one directory of results")
     newest: dict[tuple[str, ...], Run] = {}
     older: list[Run] = []
@@ -57,7 +65,7 @@ def load(paths: Sequence[Path]) -> Results:
     order = sorted(
         newest.values(), key=lambda run: (run.header.kind, is_library(run), run.header.subject, str(run.path))
     )
-    return Results(tuple(order), tuple(older), tuple(problems))
+    return Results(tuple(order), tuple(older), tuple(problems), tuple(proven))
 
 
 _SCOPE = ("families", "levels", "select", "scenarios", "phases", "tp", "checkpoint", "rehearsal")
@@ -98,9 +106,10 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.glob("*.jsonl"))
+            proof = [path / proofs.NAME, path / "proof" / proofs.NAME]
+            inside = [*sorted(path.glob("*.jsonl")), *filter(Path.is_file, proof)]
             if not inside:
-                raise UsageError(f"results directory {path} holds no results file (*.jsonl)")
+                raise UsageError(f"results directory {path} holds no results file (*.jsonl, {proofs.NAME})")
         elif path.exists():
             inside = [path]
         else:

@@ -19,11 +19,13 @@ from markupsafe import Markup, escape
 
 from vlmqual_contract.records import Run, Verdict
 from vlmqual_reports import plots
-from vlmqual_reports.conformance import Conformance, counts, observed, summarize, tightest
+from vlmqual_reports.conformance import Conformance, counts, observed, precisions, summarize, tightest
 from vlmqual_reports.load import Results, why_incomplete
 from vlmqual_reports.performance import FEW, Block, Brief, blocks, briefs, phases, prefill_by_image_tokens, states
+from vlmqual_reports.proofs import Proof
 from vlmqual_reports.statements import Statements
 from vlmqual_reports.subjects import State, Subject, headline, is_calibration, is_emulated, subjects, titles
+from vlmqual_reports.waivers import Waiver, waivers
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -71,6 +73,7 @@ class RunView:
     emulated: bool
     counts: Mapping[str, int]
     tightest: Verdict | None
+    precisions: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class View:
     runs: tuple[RunView, ...]
     older: tuple[RunView, ...]
     conformance: Conformance
+    waivers: tuple[Waiver, ...]
     columns: tuple[RunView, ...]
     perf: tuple[PerfView, ...]
     machines: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
@@ -135,17 +139,23 @@ def view(results: Results, statements: Statements, now: datetime) -> View:
         written=now.strftime("%Y-%m-%d %H:%M %Z").strip(),
         results=results,
         problems=(*results.problems, *statements.problems),
-        headline=headline(found),
+        headline="; ".join(filter(None, [headline(found), *map(_proven, results.proofs)])),
         subjects=tuple(found),
         runs=(*columns, *rows),
         older=older,
         conformance=summarize(judged, statements, today),
+        waivers=waivers(judged, today),
         columns=columns,
         perf=_perf_views(rows),
         machines=tuple((machine, tuple(used)) for machine, used in machines.values()),
         differences=tuple(_differences([machine for machine, _ in machines.values()])),
         statements=statements,
     )
+
+
+def _proven(proof: Proof) -> str:
+    families = ", ".join(family.name for family in proof.families)
+    return f"proof of {families or 'nothing'}: {'as required' if proof.fine else 'failed'}"
 
 
 def html(content: View) -> str:
@@ -183,6 +193,11 @@ def number(value: float | None, digits: int = 3, mark: str = "") -> str:
     return (f"{value:.{digits}g}" if abs(value) < 10 ** (digits + 1) else f"{value:,.0f}") + mark
 
 
+def share(part: int, whole: int) -> str:
+    """So many of so many, with the percentage."""
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else f"{part} of {whole}"
+
+
 def fact(value: object, name: str = "") -> str:
     """A value of a header or of details as text: lists and mappings on one line, bytes in GiB."""
     if name.endswith("_bytes") and isinstance(value, (int, float)) and value:
@@ -209,7 +224,7 @@ def _environment(*, finalize: bool) -> Environment:
         lstrip_blocks=True,
         finalize=plain if finalize else None,
     )
-    made.filters |= {"ms": ms, "number": number, "fact": fact, "label": _label}
+    made.filters |= {"share": share, "ms": ms, "number": number, "fact": fact, "label": _label}
     return made
 
 
@@ -233,6 +248,7 @@ def _run_view(run: Run, title: str, *, newest: bool = True) -> RunView:
         emulated=is_emulated(run),
         counts=counts(run.verdicts) if judged else states(run),
         tightest=tightest(run) if judged else None,
+        precisions=precisions(run) if judged else (),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK
 from vlmqual_contract.records import Outcome, Run
 from vlmqual_contract.requirement import LEVELS
+from vlmqual_reports import waivers
 from vlmqual_reports.conformance import counts, failed_requirements, has_expired
 from vlmqual_reports.load import is_library, subject_key, why_incomplete
 
@@ -116,7 +117,10 @@ def judge(runs: Sequence[Run], today: date) -> Judgement:
         if all(item.state == State.MEASURED for item in judged):
             return Judgement(state, "measured; conformance was not run")
         known = sum(row.outcome == Outcome.EXPECTED_FAIL for run in runs for row in run.verdicts)
-        line = f"as required, with {_many(known, 'expected failure')}" if known else "as required"
+        waived = sum(waivers.is_waived(row) for run in runs for row in run.verdicts)
+        apart = [_many(known, "expected failure")] if known else []
+        apart += [f"{_many(waived, 'case')} by a waiver"] if waived else []
+        line = f"as required, with {' and '.join(apart)}" if apart else "as required"
         parts = [part for run in runs if (part := _part_only(run))]
         whole = any(run.header.kind == "conformance" and not _part_only(run) for run in runs)
         if parts and not whole:
@@ -140,7 +144,7 @@ def headline(found: Sequence[Subject]) -> str:
     """How many subjects have which state, worst first."""
     numbers = {state: sum(subject.judgement.state == state for subject in found) for state in reversed(_BEST_FIRST)}
     told = ", ".join(f"{number} {state}" for state, number in numbers.items() if number)
-    return f"{_many(len(found), 'subject')}: {told}"
+    return f"{_many(len(found), 'subject')}: {told}" if told else ""
 
 
 def _judge_run(run: Run, today: date) -> Judgement:
@@ -164,6 +168,8 @@ def _conformance_failures(run: Run, today: date) -> list[str]:
         parts.append(f"{_many(len(bad), 'case')} without a requirement")
     if expired := sum(has_expired(row, today) for row in run.verdicts):
         parts.append(f"{_many(expired, 'expected failure')} past expiry")
+    if expired := sum(waivers.has_expired(row, today) for row in run.verdicts):
+        parts.append(f"{_many(expired, 'case')} by a waiver past expiry")
     return parts
 
 

@@ -58,7 +58,8 @@ class Openings(Honest):
 
     def __init__(self, file: str) -> None:
         super().__init__(families="idefics3+mllama")
-        self.info = replace(self.info, capabilities=frozenset(Capability))
+        kept = {Capability.BATCH, Capability.PADDING, Capability.FORCED_TOKENS, Capability.TENSOR_PARALLEL}
+        self.info = replace(self.info, capabilities=frozenset(kept))
         self._file = Path(file)
 
     @contextmanager

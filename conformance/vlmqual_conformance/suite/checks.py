@@ -13,6 +13,7 @@ from vlmqual_conformance.policy import EXACT, BadAnswer, Judge, checked
 from vlmqual_conformance.subjects import TargetKeeper, demand
 from vlmqual_conformance.suite import runs
 from vlmqual_contract import fixtures
+from vlmqual_contract.distance import length
 from vlmqual_contract.remote import RemoteFeatures, RemoteSession
 from vlmqual_contract.target import Array, Capability, FloatArray, Info, Inputs, Prompt
 
@@ -204,6 +205,27 @@ def every_forced_step(keeper: TargetKeeper, session: RemoteSession, info: Info, 
     judge.verdict()
 
 
+def hidden_states_of_forced_steps(session: RemoteSession, info: Info, judge: Judge, case: Golden) -> None:
+    """Hidden states of those steps under gold's tokens of which the golden has them, step by step in data order."""
+    demand(info, case.needs() | {Capability.FORCED_TOKENS})
+    tapped = case.array("decode/tapped").tolist()
+    step = session.prefill(case.text, case.features)
+    for index, tokens in enumerate(case.tokens, 1):
+        step = session.decode(step, np.ascontiguousarray(tokens))
+        if index not in tapped:
+            continue
+        taps = step.taps()
+        for name in case.components("taps/decode"):
+            tensor = f"taps/decode/{name}"
+            gold, scale = case.array(tensor), length(case.array(tensor))
+            if name in taps:
+                own, right = taps[name], gold[tapped.index(index), :, None]
+                judge.compare(f"decode.{index:02}/{name}", own, right, case.noise(tensor, info.dtype), scale=scale)
+    if not judge.findings:
+        raise BadAnswer(f"taps are declared, but steps have none of {', '.join(case.components('taps/decode'))}")
+    judge.verdict()
+
+
 def tokens_of_forced_steps(keeper: TargetKeeper, session: RemoteSession, info: Info, case: Golden) -> None:
     """The target's own greedy tokens of the prompt's end and of every forced step."""
     demand(info, case.needs())
@@ -218,13 +240,45 @@ def greedy_is_largest(session: RemoteSession, info: Info, case: Golden) -> None:
     demand(info, case.needs())
     step = session.prefill(case.text, case.features)
     for index in range(4):
-        logits, tokens = checked("logits", step.logits(), case.logits.shape[1:]), step.tokens()
-        for row, token in enumerate(tokens):
+        logits = checked("logits", step.logits(), case.logits.shape[1:])
+        for row, token in enumerate(runs.tokens_of(step, case.rows)):
+            if not 0 <= token < logits.shape[1]:
+                raise BadAnswer(f"step {index}, row {row}: token {token} is none of the {logits.shape[1]} ids")
             best = logits[row].max()
             assert logits[row, token] == best, (
                 f"step {index}, row {row}: token {token} has logit {logits[row, token]:.6g}, the largest is {best:.6g}"
             )
         step = session.decode(step)
+
+
+def side_by_side(
+    session: RemoteSession, info: Info, judge: Judge, case: Golden, pictures: Sequence[Mapping[str, Array] | None]
+) -> None:
+    """Sequences that are decoded in turn, each against a prefill of its own longer prompt; one row, no padding.
+
+    Args:
+        session: of the tiny checkpoint.
+        info: what the target says of itself.
+        judge: collects the comparisons.
+        case: whose text all sequences begin with; gold's tokens are forced on the first.
+        pictures: image features of every sequence.
+    """
+    demand(info, case.needs() | {Capability.FORCED_TOKENS})
+    count = min(4, len(case.tokens))
+    forced = [
+        (case.tokens[:count] + 3 * index) % runs.PLAIN if index else case.tokens[:count]
+        for index in range(len(pictures))
+    ]
+    steps = [session.prefill(case.text, features) for features in pictures]
+    for given in zip(*forced, strict=True):
+        steps = [session.decode(step, np.ascontiguousarray(own)) for step, own in zip(steps, given, strict=True)]
+    made = [step.logits() for step in steps]
+    noises = (case.noise("decode/logits", info.dtype), case.noise("prefill/logits", info.dtype))
+    for index, features in enumerate(pictures):
+        at_once = session.prefill(runs.continued_text(case, forced[index]), features).logits()
+        label = f"decode/logits.{count:02} (sequence {index} beside another, at once)"
+        judge.same(label, made[index], at_once, noises)
+    judge.verdict()
 
 
 # masks ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from vlmqual_contract.target import Array
 FRAME_TOKENS = 16  # image tokens of a frame of the tiny checkpoint: (112 // 14)^2 / 2^2
 SIDE = 112
 IMAGE_ID = 598
+NEVER = 598  # an id that greedy steps of the tiny checkpoints do not choose
 LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 8, 4, 8, 64, 600
 
 #: A configuration for models with random weights: 16 patches, 4 image tokens a frame.
@@ -41,6 +42,16 @@ SMALL_VISION: Mapping[str, Any] = {
     "image_size": 56,
     "patch_size": 14,
 }
+
+
+def ended(endless: Array, end: int, padding: int) -> Array:
+    """Rows (B, new) as generation gives them when each ends behind its first `end`; short where all have ended."""
+    made, steps = np.full_like(endless, padding), []
+    for row, wanted in zip(endless, made, strict=True):
+        kept = row.tolist().index(end) + 1 if end in row else len(row)
+        wanted[:kept] = row[:kept]
+        steps.append(kept)
+    return made[:, : max(steps)]
 
 
 class Idefics3Objects:

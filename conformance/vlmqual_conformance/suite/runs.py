@@ -54,12 +54,16 @@ def forced(
     session: RemoteSession, text: Mapping[str, Array], features: Features, tokens: IntArray | Sequence[None]
 ) -> Forced:
     """Prefill, then one step for each item of `tokens`: tokens (B,) to force, or None to feed the greedy ones back."""
+    rows = len(text["input_ids"])
     step = session.prefill(text, features)
-    logits, own = [step.logits()], [_tokens(step)]
-    for given in tokens:
+    logits, own = [step.logits()], [tokens_of(step, rows)]
+    for count, given in enumerate(tokens, start=1):
         step = session.decode(step, None if given is None else np.ascontiguousarray(given))
         logits.append(step.logits())
-        own.append(_tokens(step))
+        own.append(tokens_of(step, rows))
+        if logits[count].shape != logits[0].shape:
+            shapes = f"{logits[count].shape}, not {logits[0].shape} as the prompt's"
+            raise BadAnswer(f"decode/logits.{count:02} has shape {shapes}")
     return Forced(np.stack(logits), np.stack(own))
 
 
@@ -75,18 +79,24 @@ def forced_run(keeper: TargetKeeper, session: RemoteSession, golden: Golden) -> 
 
 def free(session: RemoteSession, text: Mapping[str, Array], features: Features, steps: int) -> IntArray:
     """Greedy tokens fed back, (steps, B), the prompt's first."""
+    rows = len(text["input_ids"])
     step = session.prefill(text, features)
-    own = [_tokens(step)]
+    own = [tokens_of(step, rows)]
     for _ in range(steps - 1):
         step = session.decode(step)
-        own.append(_tokens(step))
+        own.append(tokens_of(step, rows))
     return np.stack(own)
 
 
-def _tokens(step: RemoteStep) -> IntArray:
+def tokens_of(step: RemoteStep, rows: int) -> IntArray:
+    """The greedy tokens of a step, (rows,).
+
+    Raises:
+        BadAnswer: of another type or shape.
+    """
     tokens = step.tokens()
-    if tokens.dtype != np.int64 or tokens.ndim != 1:
-        raise BadAnswer(f"tokens are {tokens.dtype} of shape {tokens.shape}, not int64 of shape (B,)")
+    if tokens.dtype != np.int64 or tokens.shape != (rows,):
+        raise BadAnswer(f"tokens are {tokens.dtype} of shape {tokens.shape}, not int64 of shape ({rows},)")
     return tokens
 
 
@@ -158,8 +168,13 @@ def padded_text(golden: Golden, side: str, count: int) -> dict[str, Array]:
 
 def longer_text(golden: Golden, count: int) -> dict[str, Array]:
     """The text tensors of the prompt and its first `count` greedy tokens; every token is real."""
-    text = dict(golden.text)
-    text["input_ids"] = np.concatenate([text["input_ids"], golden.tokens[:count].T], axis=1)
+    return continued_text(golden, golden.tokens[:count])
+
+
+def continued_text(golden: Golden, tokens: IntArray) -> dict[str, Array]:
+    """The text tensors of the prompt and `tokens` (steps, B) after it; every token is real."""
+    text, count = dict(golden.text), len(tokens)
+    text["input_ids"] = np.concatenate([text["input_ids"], tokens.T], axis=1)
     text["attention_mask"] = np.ones_like(text["input_ids"])
     if name := image_mask(golden):  # MLLAMA-DEC-004, IDEFICS-DEC-002
         text[name] = np.concatenate([text[name], np.repeat(text[name][:, -1:], count, axis=1)], axis=1)

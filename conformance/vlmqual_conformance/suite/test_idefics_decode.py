@@ -98,6 +98,13 @@ def test_later_tokens_of_a_prompt_that_sees_no_image_see_none(
 # keys and values of images --------------------------------------------------------------------------------------------
 
 
+@requirement("IDEFICS-DEC-001", needs=[Capability.TAPS])
+def test_hidden_states_of_forty_steps_across_a_block_of_the_cache(
+    session: RemoteSession, info: Info, judge: Judge
+) -> None:
+    checks.hidden_states_of_forced_steps(session, info, judge, golden(FAMILY, "across-blocks"))
+
+
 @requirement("IDEFICS-DEC-003")
 @pytest.mark.parametrize("case", cases(lambda case: case.name in ("batch-left", "photo", "resampler-photo")))
 def test_keys_and_values_of_images_are_computed_once(session: RemoteSession, info: Info, case: Golden) -> None:

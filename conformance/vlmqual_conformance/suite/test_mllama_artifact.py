@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlmqual_conformance.marks import requirement
-from vlmqual_conformance.suite.library_objects import arguments, array, image, written
+from vlmqual_conformance.suite.library_objects import NEVER, arguments, array, ended, image, written
 from vlmqual_conformance.suite.mllama_objects import (
     BOS,
     GENERATING,
@@ -149,6 +149,18 @@ def test_generation_puts_at_most_so_many_tokens_behind_the_prompt(mllama: Mllama
     found = generated(mllama, max_new_tokens=new)[0]
     assert found[:6] == WITH_IMAGE[0].tolist(), "the prompt comes first"
     assert 6 < len(found) <= 6 + new
+
+
+@requirement("MLLAMA-CGEN-038")
+@pytest.mark.parametrize("others", [[], [597]], ids=["one", "several"])
+def test_generation_ends_at_an_end_token(mllama: MllamaObjects, others: list[int]) -> None:
+    endless = np.array(generated(mllama, eos_token_id=NEVER))[:, WITH_IMAGE.shape[1] :]
+    assert endless.shape == (1, 6), f"the row ended without an end token: {endless.tolist()}"
+    end = int(endless[0, 2])
+    ids = [*others, end] if others else end
+    found = np.array(generated(mllama, eos_token_id=ids))[:, WITH_IMAGE.shape[1] :]
+    wanted = ended(endless, end, 580)
+    assert found.tolist() == wanted.tolist(), f"with the end {ids} the row is {found.tolist()}, not {wanted.tolist()}"
 
 
 @requirement("MLLAMA-CGEN-030")

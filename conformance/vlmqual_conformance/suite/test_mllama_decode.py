@@ -11,7 +11,7 @@ from vlmqual_conformance.outcomes import NotApplicable
 from vlmqual_conformance.policy import BadAnswer, Judge
 from vlmqual_conformance.subjects import TargetKeeper, demand
 from vlmqual_conformance.suite import checks, runs
-from vlmqual_conformance.suite.mllama_images import FAMILY, MASK
+from vlmqual_conformance.suite.mllama_images import FAMILY, MASK, as_features, states
 from vlmqual_contract.remote import RemoteSession, RemoteStep
 from vlmqual_contract.target import Capability, Info
 
@@ -24,6 +24,13 @@ def test_logits_of_every_step_under_golds_tokens(
     keeper: TargetKeeper, session: RemoteSession, info: Info, judge: Judge, case: Golden
 ) -> None:
     checks.every_forced_step(keeper, session, info, judge, case)
+
+
+@requirement("MLLAMA-DEC-001", needs=[Capability.TAPS])
+def test_hidden_states_of_forty_steps_across_a_block_of_the_cache(
+    session: RemoteSession, info: Info, judge: Judge
+) -> None:
+    checks.hidden_states_of_forced_steps(session, info, judge, golden(FAMILY, "across-blocks"))
 
 
 @requirement("MLLAMA-DEC-003")
@@ -66,6 +73,16 @@ def test_later_tokens_see_what_the_last_row_of_the_mask_lets_them(
     as_it_was = runs.forced_run(keeper, session, case).logits
     label = "decode/logits (another last row of the mask)"
     checks.told_apart(judge, label, made[-1], as_it_was[-1], noises[0], "steps do not look at the mask's last row")
+
+
+@requirement("MLLAMA-DEC-006")
+@pytest.mark.parametrize("name", ["photo-one-tile", "text-only"])
+def test_sequences_that_live_side_by_side_have_their_own_caches(
+    session: RemoteSession, info: Info, judge: Judge, name: str
+) -> None:
+    case = golden(FAMILY, name)
+    pictures = [as_features(sign * states(case)) if case.has_images else None for sign in (1, -1)]
+    checks.side_by_side(session, info, judge, case, pictures)
 
 
 @requirement("MLLAMA-DEC-005")

@@ -8,10 +8,12 @@ import pytest
 from vlmqual_conformance.marks import requirement
 from vlmqual_conformance.suite.library_objects import (
     IMAGE_ID,
+    NEVER,
     VOCABULARY,
     Idefics3Objects,
     arguments,
     array,
+    ended,
     error_of,
     frames,
     idefics3_objects,
@@ -179,6 +181,22 @@ def test_greedy_generation_takes_the_largest_logit_of_each_step(idefics3: Idefic
     for end in range(length, ids.shape[1]):
         step = idefics3.model.call("", **arguments(**{**inputs, "input_ids": ids[:, :end]}))
         assert ids[0, end] == array(step, "logits")[0, -1].argmax(), f"new token {end - length}"
+
+
+@requirement("IDEFICS3-LM-022")
+@pytest.mark.parametrize("others", [[], [597]], ids=["one", "several"])
+def test_generation_ends_a_row_at_an_end_token_and_fills_it_with_padding(
+    idefics3: Idefics3Objects, others: list[int]
+) -> None:
+    inputs = batch(idefics3)
+    length = inputs["input_ids"].shape[1]
+    endless = generated(idefics3, inputs, max_new_tokens=6, eos_token_id=NEVER)[:, length:]
+    assert endless.shape == (2, 6), f"a row ended without an end token: {endless.tolist()}"
+    end = int(endless[0, 0])
+    ids = [*others, end] if others else end
+    found = generated(idefics3, inputs, max_new_tokens=6, eos_token_id=ids, pad_token_id=88)[:, length:]
+    wanted = ended(endless, end, 88)
+    assert found.tolist() == wanted.tolist(), f"with the end {ids} rows are {found.tolist()}, not {wanted.tolist()}"
 
 
 @requirement("IDEFICS3-CARD-004")

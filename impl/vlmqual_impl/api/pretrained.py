@@ -146,7 +146,7 @@ class PreTrainedModel(nn.Module):
         asked = torch_dtype if torch_dtype is not None else dtype
         if asked == "auto":
             asked = config.torch_dtype or weights.stored_dtype(directory)
-        with torch.device("meta"):
+        with weights.unfilled():
             model = cls(config)
         weights.load(
             model,

@@ -35,6 +35,7 @@ from vlmqual_impl.configs import PretrainedConfig, read_config, read_json
 from vlmqual_impl.generate import GenerationConfig, Streamer, generate
 from vlmqual_impl.recording import hollow
 from vlmqual_impl.runtime.graphs import GraphRuntime
+from vlmqual_impl.weights import unfilled
 
 EMBEDDING = "text_model/embedding.safetensors"
 SETTINGS = "generation_config.json"
@@ -84,7 +85,7 @@ class RBLNModel:
         self.rbln_config = joined(folder, self.configuration, values, rbln_config)
         self.dtype, self.device = parsed_dtype(str(values.get("dtype"))), torch.device("cpu")
         self.config = self.host.config_class.from_dict(read_config(folder))
-        with torch.device("meta"):
+        with unfilled():
             network = self.host(self.config)
         self.generation_config = network.generation_config
         if (folder / SETTINGS).is_file():

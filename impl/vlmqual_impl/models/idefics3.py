@@ -29,7 +29,9 @@ def position_buckets(side: int, grid: int) -> Tensor:
     """Position of patch k when v patches of a side are valid, (grid + 1, grid) int64 at [v, k].
 
     The position is the number of boundaries 1/side ... (side-1)/side that are at most k/v, in float32 with the steps of
-    the documented version; it differs from floor(k * side / v) for some sizes, and the weights were trained with it.
+    the documented version. That is floor(k * side / v), or one less for some k where k * side / v is whole and rounding
+    puts k/v below its boundary. Of the sides up to 32, with v <= side, these are 19, 25, 29, 30 and 31 (side 25, v 25
+    gives 4 at k = 5); the released checkpoint's side, 26, has no such k.
     """
     cpu = torch.device("cpu")
     boundaries = torch.arange(1 / side, 1.0, 1 / side, device=cpu, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Tests over a user's own checkpoint, with or without a reference of it."""
