@@ -198,6 +198,16 @@ def proof(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """What the suite is worth against changes that nobody thought of: 200 of each family, drawn by seed.
+
+    `-- --family mllama --seed 2` others of one family; the same command goes on where it was left off.
+    """
+    install(session, "impl,conformance")
+    vlmqual(session, "mutants", *session.posargs)
+
+
+@nox.session
 def perf(session: nox.Session) -> None:
     """Performance of one or several targets; the embedded default without arguments."""
     install(session, executors("impl,perf", session.posargs))

@@ -17,6 +17,7 @@ CASES = ("one", "two", "three", "four", "five", "six")
 SHAPE = (len(CASES), 5, 40)
 SIZES = {"float64": 1e-9, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 EVERY = tuple(SIZES)
+KINDS = ("weights", "cache", "products")
 
 
 def draw(seed: int, size: float, shape: tuple[int, ...] = SHAPE) -> FloatArray:
@@ -41,7 +42,7 @@ def prints() -> Fingerprints:
         Trace("kv-fp8", "cache", "fp8 (e4m3), one scale per write", EVERY, CACHE),
         Trace("tf32", "products", "tf32", ("float64", "float32"), TF32),
     )
-    side = Side(traces, {dtype: (0.8 * size, size) for dtype, size in SIZES.items()}, 0.2)
+    side = Side(traces, {dtype: (0.8 * size, size) for dtype, size in SIZES.items()}, dict.fromkeys(KINDS, 0.2))
     moved = {name: draw(10 + index, 1.0, SHAPE[1:]) for index, name in enumerate(CASES)}
     return Fingerprints(CASES, "one", side, side, moved, dict.fromkeys(EVERY, (0.3, 0.5)))
 
@@ -177,5 +178,5 @@ def test_fingerprints_come_back_from_their_file(prints: Fingerprints, tmp_path: 
 
 def test_chance_counts_only_schemes_that_would_accuse() -> None:
     trace = Trace("tf32", "products", "tf32", ("float32",), TF32)
-    assert resemblance.chance({"bfloat16": (TF32,)}, (trace,)) == 0.0
-    assert resemblance.chance({"float32": (-TF32,)}, (trace,)) == pytest.approx(1.0)
+    assert resemblance.chance({"bfloat16": (TF32,)}, (trace,)) == {"products": 0.0}
+    assert resemblance.chance({"float32": (-TF32,)}, (trace,)) == {"products": pytest.approx(1.0)}

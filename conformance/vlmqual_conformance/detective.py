@@ -8,7 +8,8 @@ Three measures, each beside what honest arms of the reference leave (`vlmqual_ad
 - Likeness. The deviation is compared with those of the reference under silent schemes: fp8, int8 and int4 weights, a
   cache in 8 bits, tf32 products. Rounding points nowhere, so an honest deviation is like none of them, however large;
   one scheme's is like that scheme, even where bfloat16 hides its size. A scheme is named from `FACTOR` times the
-  largest likeness of any honest arm to any scheme on; chance grows as 1 / sqrt(n) where fewer cases could be run.
+  largest likeness of any honest arm to any scheme of its kind on; chance grows as 1 / sqrt(n) where fewer cases could
+  be run.
 - Steadiness. When the input moves a little, rounding falls differently, while a changed weight errs as before. An
   error that moves less than 1 / `FACTOR` as much as the steadiest honest arm's comes from changed weights, tables or
   functions, in whatever scheme. Within its budget that is said and not held against the target: a device may
@@ -297,11 +298,12 @@ def _named(
         ]
         if not matches:
             return tuple(named), left, np.sqrt(squares), ("", 0.0)
-        best, trace, picked = max(matches, key=lambda item: item[0].cosine)
+        like = [item for item in matches if item[0].cosine > FACTOR * side.chance[item[1].kind] * share]
+        best, trace, picked = max(like or matches, key=lambda item: item[0].cosine)
         after = left - best.coefficient * picked
         explained = _rank(side, resemblance.size(after, gold)) < _rank(side, resemblance.size(left, gold))
         # What products round is a part of what a coarser dtype rounds: it is named where nothing of that is left.
-        if best.cosine <= FACTOR * side.chance * share or (trace.kind == "products" and not explained):
+        if not like or (trace.kind == "products" and not explained):
             return tuple(named), left, np.sqrt(squares), (trace.name, round(best.cosine, 4))
         named.append(Named(trace.kind, trace.name, trace.says, best))
         left = after

@@ -148,6 +148,7 @@ def _pytest(session: Session, folder: str) -> list[str]:
         *("-m", "pytest", *map(str, session.files)),
         *("-c", os.devnull, "--rootdir", str(session.scope.suite), "--import-mode=importlib"),
         *("-p", "vlmqual_conformance.plugin", "-p", "no:cacheprovider", "-p", "no:terminal"),
+        *("-p", "no:unraisableexception"),  # it collects garbage again and again at the end; the suite leaves none
         *(f"--basetemp={folder}/tmp",),
         *(["-k", session.keyword] if session.keyword else []),
         f"--vlmqual-{session.kind}={session.subject}",

@@ -117,12 +117,13 @@ class Side:
     Attributes:
         traces: of every scheme that shows on this side.
         sizes: of honest arms' deviations, by dtype.
-        chance: the largest cosine, in absolute value, of an honest arm and a scheme that would accuse it.
+        chance: by kind of scheme the largest cosine, in absolute value, of an honest arm and a scheme that would accuse
+            it.
     """
 
     traces: tuple[Trace, ...]
     sizes: Mapping[str, tuple[float, ...]]
-    chance: float
+    chance: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def arrays(prints: Fingerprints) -> dict[str, Array]:
                 for trace in side.traces
             ],
             "sizes": {dtype: list(values) for dtype, values in side.sizes.items()},
-            "chance": side.chance,
+            "chance": dict(side.chance),
         }
     made["meta"] = np.array(json.dumps(about))
     return made
@@ -185,7 +186,7 @@ def read(path: Path) -> Fingerprints:
             for known, deviation, scale in zip(about[name]["schemes"], deviations, scales, strict=True)
         )
         sizes = {dtype: tuple(values) for dtype, values in about[name]["sizes"].items()}
-        sides[name] = Side(traces, sizes, float(about[name]["chance"]))
+        sides[name] = Side(traces, sizes, dict(about[name]["chance"]))
     return Fingerprints(
         cases=tuple(about["cases"]),
         pictured=about["pictured"],
@@ -196,15 +197,12 @@ def read(path: Path) -> Fingerprints:
     )
 
 
-def chance(deviations: Mapping[str, tuple[FloatArray, ...]], traces: tuple[Trace, ...]) -> float:
-    """The largest cosine that honest arms, by dtype, have with schemes that would accuse them."""
-    return max(
-        (
-            abs(cosine(deviation, trace.deviation))
-            for dtype, arms in deviations.items()
-            for deviation in arms
-            for trace in traces
-            if dtype in trace.coarser_than
-        ),
-        default=0.0,
-    )
+def chance(deviations: Mapping[str, tuple[FloatArray, ...]], traces: tuple[Trace, ...]) -> dict[str, float]:
+    """The largest cosine that honest arms, by dtype, have with schemes that would accuse them, by kind of scheme."""
+    found = dict.fromkeys((trace.kind for trace in traces), 0.0)
+    for dtype, arms in deviations.items():
+        for trace in traces:
+            if dtype in trace.coarser_than:
+                likeness = (abs(cosine(deviation, trace.deviation)) for deviation in arms)
+                found[trace.kind] = max(found[trace.kind], *likeness)
+    return found

@@ -1,7 +1,8 @@
 """`vlmqual mutants`: does the suite notice small changes that nobody thought of?
 
 Mutants are drawn by seed from all that the suite's cases of a family evaluate in the bundled implementation. Not drawn
-from are the classes of the documented library (`api`), what happens over several ranks (`tp`) and the target itself.
+from are the classes of the documented library (`api`, `configs`), which no target is asked for, what happens over
+several ranks (`tp`) and the target itself.
 Each is judged by the suite until the first case that fails: by the target's cases, the core's first, and where all of
 these pass by the library's cases.
 """
@@ -40,7 +41,7 @@ from vlmqual_faults.survivors import argument
 from vlmqual_faults.trials import CORE
 
 #: Modules of other subjects; those of the target itself, `target*`, are left out as well.
-OTHERS = ("api", "tp", "command")
+OTHERS = ("api", "configs", "tp", "command")
 #: Of mutants that are not argued to be equivalent, so many have to be caught.
 REQUIRED = 0.95
 _DECIDING = ("vlmqual_impl", "vlmqual_conformance", "vlmqual_contract")

@@ -169,7 +169,7 @@ class _Proof:
         """Make those that are missing; how many that were."""
         work = {
             each: missing
-            for each in self._chosen
+            for each in sorted(self._chosen, key=lambda each: each.kind != "honest")  # the longest trials first
             if (missing := [p for p in self._profiles if not self._journal.has(each, p, self._how(p))])
         }
         if not work:
