@@ -82,8 +82,8 @@ def test_after_cases_that_were_not_tried_everything_is_run_again() -> None:
 
 # derived and really run -----------------------------------------------------------------------------------------------
 
-#: The first of them says what is asked. Faults of the tower and of every layer, one that no logit shows, another dtype.
-VARIANTS = ("honest-mlp-split", "rms-epsilon", "shuffle-missing", "honest-bfloat16")
+#: The first of them says what is asked; faults of every layer and of the tower.
+VARIANTS = ("honest-mlp-split", "rms-epsilon", "shuffle-missing")
 NARROWER = ("all-logits", "last-logits")
 CASES = (
     "test_vision.py::test_image_features_are_within_budget[photo-whole]",
@@ -129,4 +129,4 @@ def test_what_is_derived_is_what_a_narrower_target_is_really_told(bench: Bench) 
                 for rows in ([*found, *(real[case] for case in unsure)], list(real.values()))
             )
             assert replace(one, reason="", worst=None) == replace(other, reason="", worst=None)
-    assert count > 50, "hardly anything was derived"
+    assert count > 35, "hardly anything was derived"
