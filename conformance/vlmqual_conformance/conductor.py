@@ -166,7 +166,7 @@ class Conductor:
         if unknown := [name for name in self.plan.cases if name not in names]:
             self._leave(f"the suite has no case {unknown[0]!r}{replays.near(unknown[0], names)}")
         kept = [item for item in items if self._mine(item.stash[CASE])]
-        kept.sort(key=lambda item: self._place(item.stash[CASE]))
+        kept.sort(key=self._place)
         items[:] = kept
         self._several = len({self._first(item.stash[CASE]).family for item in kept}) > 1
         for item in kept:
@@ -182,10 +182,11 @@ class Conductor:
         first = self._first(case)
         return f"{first.family} {first.level}" if self._several else first.level
 
-    def _place(self, case: Case) -> tuple[int, int]:
-        """Family by family, so that each family's checkpoint is opened once, then level by level."""
-        first = self._first(case)
-        return FAMILIES.index(first.family), LEVELS.index(first.level)
+    def _place(self, item: pytest.Item) -> tuple[int, int, bool]:
+        """By family, level and checkpoint: one is open at a time, and opening another takes its time."""
+        first = self._first(item.stash[CASE])
+        other = subjects.checkpoint_of(item, first.family) != subjects.TINY[first.family]
+        return FAMILIES.index(first.family), LEVELS.index(first.level), other
 
     def _mine(self, case: Case) -> bool:
         first, plan = self._first(case), self.plan

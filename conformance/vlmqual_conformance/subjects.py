@@ -210,6 +210,12 @@ def tiny(family: str) -> Model:
     return Model(str(fixtures.checkpoint(TINY[family])), family)
 
 
+def checkpoint_of(item: pytest.Item, family: str) -> str:
+    """Name of the checkpoint that a case's golden belongs to, or of the tiny one of its family."""
+    golden = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+    return golden.checkpoint if isinstance(golden, Golden) else TINY[family]
+
+
 @pytest.fixture
 def keeper(request: pytest.FixtureRequest) -> TargetKeeper:
     """The holder of the target, for what the other fixtures do not offer."""
@@ -234,10 +240,7 @@ def info(keeper: TargetKeeper) -> Info:
 def model(request: pytest.FixtureRequest) -> Model:
     """The checkpoint that the case's golden belongs to, or the tiny one of the case's family."""
     family = request.node.stash[FAMILY]
-    golden = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    if isinstance(golden, Golden):
-        return Model(str(fixtures.checkpoint(golden.checkpoint)), family)
-    return tiny(family)
+    return Model(str(fixtures.checkpoint(checkpoint_of(request.node, family))), family)
 
 
 @pytest.fixture

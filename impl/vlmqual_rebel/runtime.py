@@ -209,8 +209,8 @@ class AsyncRuntime:
 
 def _refuse_unknown_to_numpy(port: Port) -> None:
     try:
-        np.dtype(port.dtype)
+        own = np.dtype(port.dtype).isbuiltin == 1  # other packages may have registered types of this name
     except TypeError:
-        raise RBLNRuntimeError(
-            f"{port.name} is {port.dtype}, which numpy does not have; use tensor_type='pt'."
-        ) from None
+        own = False
+    if not own:
+        raise RBLNRuntimeError(f"{port.name} is {port.dtype}, which numpy does not have; use tensor_type='pt'.")
