@@ -212,7 +212,8 @@ def tiny(family: str) -> Model:
 
 def checkpoint_of(item: pytest.Item, family: str) -> str:
     """Name of the checkpoint that a case's golden belongs to, or of the tiny one of its family."""
-    golden = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+    parameters = getattr(item, "callspec", None)  # tests without parameters have none
+    golden = parameters.params.get("case") if parameters is not None else None
     return golden.checkpoint if isinstance(golden, Golden) else TINY[family]
 
 

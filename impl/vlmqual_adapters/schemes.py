@@ -212,4 +212,4 @@ def _cache(session: TransformersSession, done: Rounding, later: bool, stack: Exi
         return cache
 
     stack.callback(delattr, session, "new_cache")
-    session.new_cache = new_cache  # type: ignore[method-assign]  # for as long as the context is open
+    session.new_cache = new_cache  # type: ignore[method-assign]  # taken back when the context ends

@@ -252,8 +252,10 @@ def positions(code: CodeType) -> list[Span | None]:
     """For every instruction (two bytes each) the piece of source that it belongs to."""
     found: list[Span | None] = []
     for first, last, left, right in code.co_positions():
-        known = None not in (first, last, left, right)
-        found.append((first, last, left, right) if known else None)  # type: ignore[arg-type]
+        if first is None or last is None or left is None or right is None:
+            found.append(None)
+        else:
+            found.append((first, last, left, right))
     for entry in dis.get_instructions(code):
         if entry.opname in ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "RETURN_GENERATOR"):
             found[entry.offset // 2] = None  # of no expression

@@ -150,7 +150,7 @@ def _become(kind: str, link: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # the stream, not a file
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # the process reads it to its end
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)
