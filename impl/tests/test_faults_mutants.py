@@ -243,6 +243,7 @@ def test_a_row_is_found_again_by_a_later_run_unless_that_is_fresh(tmp_path: Path
     with journal.path.open("a", encoding="utf-8") as file:
         file.write('{"family": "mllama", "id": "lay')  # the run was killed here
     assert Journal(tmp_path, "mllama", fresh=False).rows == {ROW.id: ROW}
+    assert not list(tmp_path.glob("*.jsonl")), "a report would take the journal for a file of results"
     assert Journal(tmp_path, "idefics", fresh=False).rows == {}
     assert Journal(tmp_path, "mllama", fresh=True).rows == {}
 

@@ -295,7 +295,7 @@ class Journal:
 
     def __init__(self, folder: Path, family: str, *, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"mutants-{family}-{digest()}.jsonl"
+        self.path = folder / f"mutants-{family}-{digest()}.rows"
         self.rows: dict[str, Row] = {}
         if fresh:
             self.path.unlink(missing_ok=True)
