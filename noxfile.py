@@ -18,6 +18,8 @@ nox.options.sessions = ["lint", "types", "imports", "tests"]
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 RESULTS = "results"
+# pip would compile every module of torch, for a minute; of what is imported Python keeps bytecode by itself.
+PLAIN = ["--no-compile", "-c", str(CONSTRAINTS)]
 
 # transformers decides tokenizers and huggingface-hub, so the three are pinned together.
 TRANSFORMERS = {
@@ -51,6 +53,8 @@ EVERY_VARIANT = [
     *("--target", "eager:dtype=bfloat16"),
     *("--target", "eager:dtype=float64"),
 ]
+# Two of these, which have both attentions and the dtypes of most devices between them.
+TWO_VARIANTS = [*DEFAULT_TARGET, "--target", "eager:dtype=bfloat16,attention=eager"]
 # Targets that run compiled functions of fixed shapes, and the extra that installs each.
 GRAPHS = {"openvino": "openvino", "onnxruntime": "onnx"}
 # Bytecode is kept even where the environment says otherwise: a session starts up to several hundred processes of ours.
@@ -63,8 +67,8 @@ def install(session: nox.Session, extras: str, *more: str, transformers: str = C
     pins = TRANSFORMERS[transformers] if "impl" in extras else []
     # torch first: the CPU build is found under its exact version only.
     if "impl" in extras:
-        session.install("-c", str(CONSTRAINTS), "torch==2.13.0")
-    session.install("-c", str(CONSTRAINTS), "-e", f".[{extras}]", *pins, *more)
+        session.install(*PLAIN, "torch==2.13.0")
+    session.install(*PLAIN, "-e", f".[{extras}]", *pins, *more)
 
 
 def vlmqual(session: nox.Session, *arguments: str, success: tuple[int, ...] = (0,)) -> None:
@@ -76,6 +80,16 @@ def with_default(arguments: list[str], option: str, default: list[str]) -> list[
     """The user's arguments, with a default for an option that they leave out."""
     given = any(item == option or item.startswith(f"{option}=") for item in arguments)
     return arguments if given else [*default, *arguments]
+
+
+def value_of(arguments: list[str], option: str) -> str:
+    """What an option that is there says, as `--option value` or `--option=value`."""
+    for item, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if item == option:
+            return following
+        if item.startswith(f"{option}="):
+            return item.removeprefix(f"{option}=")
+    raise ValueError(f"{option} is not given")
 
 
 def executors(extras: str, arguments: list[str]) -> str:
@@ -91,16 +105,19 @@ def executors(extras: str, arguments: list[str]) -> str:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit tests of all packages."""
-    install(session, ",".join(["impl,conformance,perf,reports", *GRAPHS.values()]), "hypothesis", "pytest-xdist")
-    # One process for each core, so one compute thread for each process.
-    session.run("pytest", "-n", "auto", *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+    extras = ",".join(["impl,conformance,perf,signing,reports", *GRAPHS.values()])
+    install(session, extras, "hypothesis", "pytest-xdist")
+    # One process for each core, so one compute thread for each process. Neighbours stay together: what they share is
+    # made once.
+    many = ["-n", "auto", "--dist", "worksteal"]
+    session.run("pytest", *many, *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
 
 
 @nox.session
 def qualify(session: nox.Session) -> None:
     """The main job: conformance in every dtype and attention, performance and report of the embedded default target.
 
-    `--short` runs the smoke scenarios only.
+    `--short` has two of the four variants and the smoke scenarios.
     """
     install(session, "impl,conformance,perf,reports")
     short = "--short" in session.posargs
@@ -108,7 +125,9 @@ def qualify(session: nox.Session) -> None:
         session.error(f"qualify knows --short only, not {' '.join(unknown)}; see conformance, perf and report")
     results = f"{RESULTS}/qualify"
     # A failed verdict or cell (1) belongs on the page, so the report is made before the session fails.
-    vlmqual(session, "conformance", *EVERY_VARIANT, "--results", results, success=(0, 1))
+    variants = TWO_VARIANTS if short else EVERY_VARIANT
+    jobs = ["--jobs", str(os.cpu_count() or 1)]  # a session and its target take turns, so each needs one core
+    vlmqual(session, "conformance", *variants, *jobs, "--results", results, success=(0, 1))
     suite = ["--suite", "smoke"] if short else ["--suite", "default"]
     vlmqual(session, "perf", "--tp", "1,2", *suite, "--results", results, success=(0, 1))
     vlmqual(session, "report", results)
@@ -174,8 +193,8 @@ def conformance_optimum_rbln(session: nox.Session) -> None:
 
     Where there is an NPU: `-- --target optimum-rbln:npu=RBLN-CA25`, with rebel-compiler in the environment.
     """
-    session.install("-c", str(CONSTRAINTS), "torch==2.13.0")
-    session.install("-c", str(CONSTRAINTS), "-e", ".[impl,conformance]", *OPTIMUM_RBLN_NEEDS)
+    session.install(*PLAIN, "torch==2.13.0")
+    session.install(*PLAIN, "-e", ".[impl,conformance]", *OPTIMUM_RBLN_NEEDS)
     session.install("--no-deps", *OPTIMUM_RBLN)
     session.run(
         "pytest", "impl/tests/test_rebel_optimum.py", "impl/tests/test_optimum_rbln.py", env={**OFFLINE, **ONE_THREAD}
@@ -209,9 +228,18 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def perf(session: nox.Session) -> None:
-    """Performance of one or several targets; the embedded default without arguments."""
-    install(session, executors("impl,perf", session.posargs))
-    vlmqual(session, "perf", *with_default(session.posargs, "--results", ["--results", RESULTS]))
+    """Performance of one or several targets; the embedded default without arguments. Ends with the page.
+
+    `-- --suite smoke` is short; `-- --dry-run` only tells what would be measured.
+    """
+    install(session, executors("impl,perf,reports", session.posargs))
+    arguments = with_default(session.posargs, "--results", ["--results", RESULTS])
+    if {"--dry-run", "--self-check"} & set(arguments):
+        vlmqual(session, "perf", *arguments)
+        return
+    # A failed cell (1) belongs on the page, so the report is made before the session fails.
+    vlmqual(session, "perf", *arguments, success=(0, 1))
+    vlmqual(session, "report", value_of(arguments, "--results"))
 
 
 @nox.session
@@ -247,7 +275,7 @@ def goldens(session: nox.Session, transformers: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and format."""
-    session.install("-c", str(CONSTRAINTS), "ruff")
+    session.install(*PLAIN, "ruff")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
 
@@ -255,26 +283,26 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types, strict."""
-    install(session, "impl,conformance,perf,reports", "mypy", "pandas-stubs", "types-psutil")
+    install(session, "impl,conformance,perf,signing,reports", "mypy", "pandas-stubs", "scipy-stubs", "types-psutil")
     session.run("mypy", *session.posargs)
 
 
 @nox.session
 def imports(session: nox.Session) -> None:
     """Who may import whom (the contracts stand in pyproject.toml)."""
-    session.install("-c", str(CONSTRAINTS), "import-linter", "-e", ".")
+    session.install(*PLAIN, "import-linter", "-e", ".")
     session.run("lint-imports", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
     """Wheel and source archive; then the wheel alone must find its fixtures and list its targets."""
-    session.install("-c", str(CONSTRAINTS), "build", "twine")
+    session.install(*PLAIN, "build", "twine")
     session.run("python", "-m", "build", "--outdir", "dist")
     session.run("twine", "check", "--strict", *[str(path) for path in sorted(Path("dist").glob("*"))])
     wheel = max(Path("dist").glob("*.whl"), key=os.path.getmtime).resolve()
-    session.install("-c", str(CONSTRAINTS), "--force-reinstall", "--no-deps", str(wheel))
-    session.install("-c", str(CONSTRAINTS), "numpy")
+    session.install(*PLAIN, "--force-reinstall", "--no-deps", str(wheel))
+    session.install(*PLAIN, "numpy")
     session.chdir(session.create_tmp())
     code = "from vlmqual_contract import fixtures; print(*map(fixtures.file, fixtures.names()), sep='\\n')"
     session.run("python", "-c", code, silent=True)

@@ -6,8 +6,9 @@ import pytest
 
 from vlmqual_conformance.progress import Reporter, counted, summary
 from vlmqual_contract import cli
-from vlmqual_contract.records import Outcome, Verdict
+from vlmqual_contract.records import Outcome, Verdict, read
 
+pytestmark = pytest.mark.usefixtures("copied")
 TARGETS = Path(__file__).with_name("targets")
 ZOO, HONEST = TARGETS / "zoo.py", TARGETS / "honest.py"
 
@@ -30,6 +31,7 @@ def one_sentence(text: str) -> str:
         (["--target", "nowhere.py:Toy"], "target file nowhere.py does not exist"),
         (["--target", "eager:dtype"], "'dtype' is no key=value"),
         (["--timeout", "0"], "--timeout 0 is no time"),
+        (["--jobs", "0"], "--jobs 0 is no number of targets"),
         (["--known", "nowhere.toml"], "nowhere.toml: cannot be read as a file of known failures"),
         (["--results", __file__], "is no folder"),
     ],
@@ -72,6 +74,43 @@ def test_an_expression_that_selects_nothing_is_a_mistake(tmp_path, capfd, expres
     assert code == 2
     assert sentence in one_sentence(capfd.readouterr().err)
     assert not list(tmp_path.iterdir()), "no results file is begun"
+
+
+SOCIABLE = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(TARGETS)!r})
+from honest import Honest
+
+
+class Sociable(Honest):
+    def __init__(self, mine, other):
+        super().__init__(families="mllama")
+        here = Path(__file__).parent
+        (here / mine).touch()
+        until = time.monotonic() + 30
+        while not (here / other).exists():
+            if time.monotonic() > until:
+                raise TimeoutError("nobody else is there")
+            time.sleep(0.02)
+"""
+
+
+def test_targets_that_are_judged_at_the_same_time_have_whole_results_and_say_one_after_the_other(tmp_path, capfd):
+    (tmp_path / "sociable.py").write_text(SOCIABLE)
+    kind = f"{tmp_path / 'sociable.py'}:Sociable"
+    targets = [f"{kind}:mine=a,other=b", f"{kind}:mine=b,other=a"]
+    code = conformance(
+        *("--target", targets[0], "--target", targets[1], "--jobs", "2", "--no-library"),
+        *("--family", "idefics3", "--requirement", "IDEFICS3-VIS-002", "--results", tmp_path / "results"),
+    )
+    output = capfd.readouterr().out
+    assert code == 0, output
+    found = [read(path) for path in (tmp_path / "results").glob("*.jsonl")]
+    assert {run.header.subject for run in found} == set(targets)
+    assert all(run.complete for run in found)
+    said = [line for line in output.splitlines() if line in targets or line.strip().startswith("results: ")]
+    assert [line in targets for line in said] == [True, False, True, False], output
 
 
 def test_a_dry_run_says_what_would_be_run_and_starts_nothing(tmp_path, capfd):

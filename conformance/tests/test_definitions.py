@@ -5,7 +5,7 @@ import pytest
 from vlmqual_contract import fixtures
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.requirement import load_requirements
-from vlmqual_contract.scenario import load_scenarios, select
+from vlmqual_contract.scenario import load_catalogue, load_scenarios
 
 REQUIREMENT = """
 [[requirement]]
@@ -65,11 +65,11 @@ def test_an_id_that_stands_twice_is_refused(tmp_path):
 
 
 def test_scenarios_are_chosen_by_suite_or_by_id(tmp_path):
-    found = load_scenarios(write(tmp_path, SCENARIO))
-    assert [s.id for s in select(found, "smoke")] == ["one"]
-    assert [s.id for s in select(found, "one")] == ["one"]
+    found = load_catalogue(write(tmp_path, SCENARIO))
+    assert [s.id for s in found.select("smoke")] == ["one"]
+    assert [s.id for s in found.select("one")] == ["one"]
     with pytest.raises(UsageError, match="suites are smoke; scenarios are one"):
-        select(found, "none")
+        found.select("none")
 
 
 @pytest.mark.parametrize(

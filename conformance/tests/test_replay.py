@@ -20,6 +20,7 @@ from vlmqual_contract.discovery import suite_version
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Outcome, Run, Verdict, read
 
+pytestmark = pytest.mark.usefixtures("copied")
 TARGETS = Path(__file__).with_name("targets")
 DRIFTING, HONEST = f"{TARGETS / 'drifting.py'}:Drifting", f"{TARGETS / 'honest.py'}:Honest"
 FEATURES = "test_vision.py::test_image_features_are_within_budget"

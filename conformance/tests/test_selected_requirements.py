@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from vlmqual_conformance import catalogue
 from vlmqual_contract import cli
 from vlmqual_contract.records import Run, read
 
+pytestmark = pytest.mark.usefixtures("copied")
 HONEST = f"{Path(__file__).with_name('targets') / 'honest.py'}:Honest"
 
 

@@ -14,6 +14,7 @@ from vlmqual_contract import cli
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Outcome, Run, read
 
+pytestmark = pytest.mark.usefixtures("copied")
 ANIMALS = Path(__file__).with_name("targets") / "animals.py"
 TODAY = date(2027, 1, 15)
 CASE = "test_vision.py::test_image_features_are_within_budget"

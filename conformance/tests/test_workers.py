@@ -245,6 +245,14 @@ def test_one_dead_rank_ends_the_whole_group_without_waiting_for_the_limit():
     assert time.monotonic() - start < 250, "the surviving rank must not be waited for until its limit of 500 s"
 
 
+def test_ranks_that_all_refuse_the_same_go_on():
+    with RemoteTarget(f"{TOY}:ranks=many", tp=2) as target, target.open(MODEL, Options(tp=2)) as session:
+        with pytest.raises(Unsupported, match="collective"):
+            session.prepare("prefill", inputs=INPUTS, collectives=True)
+        assert target.alive
+        assert len(session.repeat(session.prepare("prefill", inputs=INPUTS)).seconds) == 1
+
+
 def test_the_clock_covers_the_synchronisation_of_the_target():
     with RemoteTarget(TOY) as target, target.open(MODEL) as session:
         work = session.prepare("prefill", inputs=INPUTS)

@@ -23,6 +23,7 @@ from vlmqual_contract.launch import Limits
 from vlmqual_contract.records import Outcome, Run, Verdict, read
 from vlmqual_contract.target import Model, Options
 
+pytestmark = pytest.mark.usefixtures("copied")
 ANIMALS = Path(__file__).with_name("targets") / "animals.py"
 LIMIT_S = 2.0
 FAIL, ERROR = Outcome.FAIL, Outcome.ERROR

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -86,7 +87,12 @@ def requirements(scope: Scope = FIXTURES) -> dict[str, Requirement]:
     Raises:
         UsageError: a file is damaged, or an id stands twice.
     """
-    return load_requirements(requirement_files(scope))
+    return dict(_loaded(tuple(requirement_files(scope))))
+
+
+@cache
+def _loaded(files: tuple[Path, ...]) -> dict[str, Requirement]:
+    return load_requirements(files)
 
 
 def problems(cases: Iterable[Case], known: Mapping[str, Requirement], *, whole: bool) -> list[str]:

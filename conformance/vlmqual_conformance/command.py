@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 
@@ -47,6 +49,13 @@ class _Command:
         parser.add_argument(
             "--timeout", type=float, default=Limits().call_s, metavar="S", help="seconds for one answer of a target"
         )
+        parser.add_argument(
+            "--jobs",
+            type=int,
+            default=1,
+            metavar="N",
+            help="judge so many targets at a time; what is said of each is printed when it is done (default 1)",
+        )
         parser.add_argument("--fresh", action="store_true", help="begin anew instead of continuing an unfinished run")
         parser.add_argument("--no-library", action="store_true", help="leave out the libraries that the targets use")
         parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="only cases that match, as pytest's")
@@ -76,17 +85,11 @@ class _Command:
         _check(args, targets)
         if args.dry_run:
             return _plan(args, targets)
-        ended: list[Ended] = []
-        for target in targets:
-            ended.append(sessions.run(_session(args, "target", target)))
-            if ended[-1].exit == EXIT_USAGE:
-                return EXIT_USAGE
+        ended = _ended([_session(args, "target", target) for target in targets], args.jobs)
         alone = args.no_library or args.checkpoint is not None or args.reference is not None
-        if not alone and not any(item.exit == EXIT_INCOMPLETE for item in ended):
-            for library in dict.fromkeys(item.library for item in ended if item.library):
-                ended.append(sessions.run(_session(args, "library", library)))
-                if ended[-1].exit == EXIT_USAGE:
-                    return EXIT_USAGE
+        if not alone and not {EXIT_USAGE, EXIT_INCOMPLETE} & {item.exit for item in ended}:
+            libraries = dict.fromkeys(item.library for item in ended if item.library)
+            ended += _ended([_session(args, "library", library) for library in libraries], args.jobs)
         if not any(item.path for item in ended) and all(item.exit == EXIT_OK for item in ended):
             raise UsageError("nothing is selected: no case belongs to these families, levels, requirements, expression")
         return next(code for code in _WORST_FIRST if any(item.exit == code for item in ended))
@@ -94,6 +97,8 @@ class _Command:
 
 def _check(args: argparse.Namespace, targets: Sequence[str]) -> None:
     """Find the mistakes that can be found without starting anything."""
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs} is no number of targets; it has to be at least 1")
     for text in targets:
         sessions.check(_session(args, "target", text))
     if args.results.exists() and not args.results.is_dir():
@@ -108,6 +113,36 @@ def _check(args: argparse.Namespace, targets: Sequence[str]) -> None:
     failures.load_known(args.known)
     waivers.load_live(args.waivers, date.today())
     fixtures.root()
+
+
+def _ended(wanted: Sequence[Session], jobs: int) -> list[Ended]:
+    """Run sessions, so many at a time. The first that cannot be asked for what it should do is the last that begins."""
+    ended: list[Ended] = []
+    if jobs == 1 or len(wanted) < 2:
+        for session in wanted:
+            ended.append(sessions.run(session))
+            if ended[-1].exit == EXIT_USAGE:
+                break
+        return ended
+    with ThreadPoolExecutor(jobs) as pool:
+        begun = [pool.submit(_told, session) for session in wanted]
+        try:
+            for future in as_completed(begun):
+                found, said = future.result()
+                print(said, end="", flush=True)
+                ended.append(found)
+        except KeyboardInterrupt:  # it reaches the sessions as well; those that have not begun do not begin
+            pool.shutdown(cancel_futures=True)
+            raise
+    return ended
+
+
+def _told(session: Session) -> tuple[Ended, str]:
+    """Run a session beside others, and keep what it prints."""
+    with tempfile.TemporaryFile() as output:
+        ended = sessions.run(session, output=output)
+        output.seek(0)
+        return ended, output.read().decode("utf-8", "replace")
 
 
 def _session(args: argparse.Namespace, kind: str, subject: str) -> Session:

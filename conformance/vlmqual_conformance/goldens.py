@@ -7,10 +7,12 @@ tokens of a frame or tile, D width, V vocabulary.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,11 +65,16 @@ class Golden:
         if name not in self._memory:
             if name not in self.names:
                 raise UsageError(f"golden {self.name} does not hold {name}")
-            with np.load(fixtures.file(f"goldens/{self.family}/{self.name}.npz")) as file:
-                array: Array = file[name]
+            array: Array = self._file[name]
             array.flags.writeable = False
             self._memory[name] = array
         return self._memory[name]
+
+    @cached_property
+    def _file(self) -> Mapping[str, Array]:
+        """What decompresses an array that is asked for: the table of a file's arrays is read only once."""
+        file: Mapping[str, Array] = np.load(io.BytesIO(_path(self.family, self.name).read_bytes()))
+        return file
 
     def noise(self, tensor: str, dtype: str) -> float:
         """Worst error of the honest arms in a dtype, for one tensor.
@@ -179,6 +186,10 @@ class Golden:
         return frozenset({Capability.PIXEL_MASK}) if partial.any() else frozenset()
 
 
+def _path(family: str, name: str) -> Path:
+    return fixtures.file(f"goldens/{family}/{name}.npz")
+
+
 @cache
 def golden(family: str, name: str) -> Golden:
     """The golden of this name.
@@ -186,7 +197,7 @@ def golden(family: str, name: str) -> Golden:
     Raises:
         UsageError: there is none, or its file is damaged.
     """
-    with np.load(fixtures.file(f"goldens/{family}/{name}.npz")) as file:
+    with np.load(_path(family, name)) as file:
         return Golden(family, name, frozenset(file.files))
 
 

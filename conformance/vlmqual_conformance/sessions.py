@@ -118,18 +118,21 @@ def check(session: Session) -> None:
         raise UsageError(f"--timeout {session.timeout_s:g} is no time; it has to be above 0 seconds")
 
 
-def run(session: Session, *, quiet: bool = False, python: str = sys.executable) -> Ended:
+def run(
+    session: Session, *, quiet: bool = False, output: IO[bytes] | None = None, python: str = sys.executable
+) -> Ended:
     """Run one session to its end, also when the user interrupts it.
 
     Args:
         session: what to do.
         quiet: print nothing; what it writes to standard error is in `Ended.said`.
+        output: file that takes what it would print, and what it writes to standard error.
         python: interpreter that runs pytest.
     """
     with tempfile.TemporaryDirectory(prefix="vlmqual-") as folder, tempfile.TemporaryFile() as errors:
         status = Path(folder) / "status.json"
         command = [python, *_pytest(session, folder), f"--vlmqual-status={status}"]
-        code = _wait(_started(command, errors if quiet else None))
+        code = _wait(_started(command, subprocess.DEVNULL if quiet else output, errors if quiet else output))
         errors.seek(0)
         said = errors.read().decode("utf-8", "replace").strip()
         if code == _PYTEST_USAGE:
@@ -169,10 +172,9 @@ def _pytest(session: Session, folder: str) -> list[str]:
     ]
 
 
-def _started(command: list[str], errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _started(command: list[str], output: IO[bytes] | int | None, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    output = subprocess.DEVNULL if errors is not None else None
     return subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
 
 

@@ -49,5 +49,9 @@ class TargetMisspoke(TargetFailure):
     """The target answered something that is no answer: of another type than documented, or too large."""
 
 
+class OutOfTime(TargetFailure):
+    """The time that several requests may take together is over; the target was not asked any more, and still lives."""
+
+
 class TargetHung(TargetFailure):
     """The target did not answer within its time limit; its process was killed."""

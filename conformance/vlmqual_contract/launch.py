@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -15,9 +16,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vlmqual_contract.errors import (
+    OutOfTime,
     TargetCrashed,
     TargetFailure,
     TargetHung,
@@ -29,17 +31,53 @@ from vlmqual_contract.errors import (
 from vlmqual_contract.subject import raised
 from vlmqual_contract.wire import Channel, Closed, Late
 
+if TYPE_CHECKING:
+    from vlmqual_contract.nodes import Nodes
+
 #: Variables by which frameworks are told their number of compute threads.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 _LOG_TAIL = 2000
 _GRACE_S = 3.0
 _LOOK_S = 0.5
+_LEAST_GRACE_S = 1.0
 # Another interpreter finds our packages behind its own, so that nothing of ours hides what its environment pins.
 _BOOTSTRAP = (
     "import os, sys; sys.path += sys.argv[1].split(os.pathsep); del sys.argv[1]; "
     "from vlmqual_contract.worker import main; sys.exit(main())"
 )
 _running: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+class Allowance:
+    """Time that several requests may take together. What starts or opens a target stops its clock: that has limits.
+
+    Attributes:
+        grace_s: by how much the last request may outlast it, so that it ends by itself rather than with the target.
+    """
+
+    def __init__(self) -> None:
+        self.grace_s = 0.0
+        self._until = math.inf
+        self._stopped: float | None = None
+
+    def start(self, seconds: float | None) -> None:
+        """Begin again with so many seconds; None is without end."""
+        self.grace_s = 0.0 if seconds is None else max(_LEAST_GRACE_S, seconds / 10)
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+        self._stopped = None
+
+    def stop(self) -> None:
+        """Stop the clock until it is asked for what is left."""
+        if self._stopped is None:
+            self._stopped = time.monotonic()
+
+    def left_s(self) -> float:
+        """Seconds that are left; negative when more were taken."""
+        now = time.monotonic()
+        if self._stopped is not None:
+            self._until += now - self._stopped
+            self._stopped = None
+        return self._until - now
 
 
 @dataclass(frozen=True)
@@ -50,21 +88,36 @@ class Limits:
         start_s: from the start of its process to the first answer (importing a framework).
         open_s: loading a model.
         call_s: anything else.
+        allowance: for all of these requests together, but for starting and loading.
     """
 
     start_s: float = 180.0
     open_s: float = 600.0
     call_s: float = 120.0
+    allowance: Allowance | None = None
 
     def of(self, op: str) -> float:
-        """The limit of one request."""
-        return {"describe": self.start_s, "library": self.start_s, "open": self.open_s}.get(op, self.call_s)
+        """The limit of one request.
+
+        Raises:
+            OutOfTime: the allowance is used up.
+        """
+        starting = {"describe": self.start_s, "library": self.start_s, "open": self.open_s}
+        if self.allowance is None:
+            return starting.get(op, self.call_s)
+        if op in starting:
+            self.allowance.stop()
+            return starting[op]
+        left_s = self.allowance.left_s()
+        if left_s <= 0:
+            raise OutOfTime("the time that was allowed is over")
+        return min(self.call_s, left_s + self.allowance.grace_s)
 
 
 class Worker:
     """One worker process and the pipe to it."""
 
-    def __init__(self, arguments: Sequence[str], python: str | None, environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], python: str | None, variables: Mapping[str, str]) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self._last_words = ""
         self._killed = False
@@ -76,7 +129,7 @@ class Worker:
                 stdin=to_worker,
                 stdout=to_us,
                 stderr=self._log,
-                env=_environment(environment),
+                env=environment(variables),
                 start_new_session=True,  # Ctrl-C is for us; we end the worker
             )
         except OSError as error:
@@ -100,7 +153,7 @@ class Worker:
         try:
             self.channel.send(body, deadline)
         except Closed as error:
-            raise self._crashed() from error
+            raise self.crashed() from error
         except Late as error:
             self.kill()
             raise TargetHung(f"the target did not take {body['op']} within its time limit") from error
@@ -115,13 +168,13 @@ class Worker:
         """
         try:
             while not self.channel.readable(min(_LOOK_S, deadline - time.monotonic())):
-                if self._process.poll() is not None:  # a child of it may still hold the pipe
-                    raise self._crashed()
+                if self.ended():  # a child of it may still hold the pipe
+                    raise self.crashed()
                 if time.monotonic() >= deadline:
                     raise Late("the time limit has passed")
             reply = self.channel.receive(deadline)
         except Closed as error:
-            raise self._crashed() from error
+            raise self.crashed() from error
         except Late as error:
             self.kill()
             raise TargetHung(f"no answer to {op} within {limit_s:g} s") from error
@@ -133,6 +186,10 @@ class Worker:
         if error_body := reply.get("error"):
             raise _error(error_body)
         return reply
+
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """End the process and everything that it started, now."""
@@ -149,7 +206,7 @@ class Worker:
 
     def stop(self) -> None:
         """Ask the process to end; kill it when it does not."""
-        if self._process.poll() is None:
+        if not self.ended():
             try:
                 self.channel.send({"op": "stop"}, time.monotonic() + 1)
                 self._process.wait(_GRACE_S)
@@ -166,7 +223,8 @@ class Worker:
         self._log.seek(max(0, self._log.tell() - _LOG_TAIL))
         return self._log.read().decode("utf-8", "replace").strip()
 
-    def _crashed(self) -> TargetCrashed:
+    def crashed(self) -> TargetCrashed:
+        """End it; what is known of its end."""
         try:
             code = self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -196,6 +254,7 @@ class Group:
         python: str | None = None,
         threads: int | None = None,
         limits: Limits | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self.size = size
         self.limits = limits or Limits()
@@ -205,15 +264,16 @@ class Group:
             for rank in range(size):
                 ranks = {
                     "RANK": rank,
-                    "LOCAL_RANK": rank,
+                    "LOCAL_RANK": rank if nodes is None else rank % nodes.ranks,
                     "WORLD_SIZE": size,
-                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_ADDR": "127.0.0.1" if nodes is None else nodes.host,
                     "MASTER_PORT": port,
                 }
-                environment = {key: str(value) for key, value in ranks.items()}
+                variables = {key: str(value) for key, value in ranks.items()}
                 if threads is not None:
-                    environment |= dict.fromkeys(_THREADS, str(threads))
-                self._workers.append(Worker(arguments, python, environment))
+                    variables |= dict.fromkeys(_THREADS, str(threads))
+                far = None if nodes is None else nodes.worker(rank, arguments, variables)
+                self._workers.append(far or Worker(arguments, python, variables))
         except BaseException:
             self.kill()
             raise
@@ -232,7 +292,7 @@ class Group:
 
         Raises:
             TargetFailure: a rank failed; where there are several, all are ended, since the others may wait for it.
-            UsageError, Unsupported: what the target raised.
+            UsageError, Unsupported: what the target raised; ranks that all refuse as unsupported live on.
         """
         if not self._workers:
             raise TargetCrashed("the target's process has ended before")
@@ -245,22 +305,22 @@ class Group:
         except (TargetCrashed, TargetHung, TargetMisspoke, KeyboardInterrupt):
             self.kill()
             raise
-        except VlmqualError:
-            if self.size > 1:
-                self.kill()
-            raise
 
     def _gather(self, op: str, deadline: float, limit_s: float) -> list[dict[str, Any]]:
         replies: list[dict[str, Any]] = []
         failure: VlmqualError | None = None
+        refused = 0
         for worker in self._workers:
             try:
                 replies.append(worker.receive(op, deadline, limit_s))
             except VlmqualError as error:
+                refused += isinstance(error, Unsupported)
                 if failure is None or isinstance(failure, TargetHung):
                     failure = error
                 deadline = min(deadline, time.monotonic() + _GRACE_S)  # the others may wait for the one that failed
         if failure is not None:
+            if 1 < self.size != refused:
+                self.kill()
             raise failure
         return replies
 
@@ -294,12 +354,13 @@ def _interpreter(python: str | None) -> list[str]:
     return [python, "-c", _BOOTSTRAP, os.pathsep.join(folders)]
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    environment = {**os.environ, **extra}
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables and more, for a worker."""
+    variables = {**os.environ, **extra}
     # Everything that a run reads is on disk; a hub that answers slowly must not decide what a verdict says.
-    environment.setdefault("HF_HUB_OFFLINE", "1")
-    environment.setdefault("TRANSFORMERS_OFFLINE", "1")
-    return environment
+    variables.setdefault("HF_HUB_OFFLINE", "1")
+    variables.setdefault("TRANSFORMERS_OFFLINE", "1")
+    return variables
 
 
 def _free_port() -> int:

@@ -102,6 +102,12 @@ class Verdict:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: A measurement's verdict on itself. "too-few": its repetitions say nothing of the spread; "noisy": only a large change
+#: would have been seen, or single values stand far off; "not-steady": it still changed; "throttled": it became slower
+#: while it was measured; "wrong-bucket": equal calls ran in different fixed shapes; "failed": there is no measurement.
+State = Literal["valid", "too-few", "noisy", "not-steady", "throttled", "wrong-bucket", "failed"]
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One cell of a performance run: a phase of a scenario at a TP size.
@@ -110,14 +116,16 @@ class Measurement:
         case: unique name of the cell in this file.
         scenario: id of the scenario.
         family: `model_type`.
-        phase: "load", "preprocess", "vision", "prefill", "decode" or "ttft".
+        phase: "load", "first-call", "compile", "preprocess", "vision", "prefill", "decode" or "ttft".
         tp: tensor-parallel size.
         batch: rows.
         dtype: declared compute dtype.
         shape: images, tiles, image_tokens, prompt_tokens, new_tokens, ... as numbers.
         values_s: seconds; a list for each repetition after warm-up, in it a value for each step, of the slowest rank.
         warmup_s: the same for the repetitions that were not counted.
-        state: "valid", "noisy", "not-steady" or "failed": the measurement's verdict on itself.
+        began_s: monotonic clock of rank 0's host when each counted repetition began.
+        device_s: as `values_s`, by the devices' own clocks; empty where the target's sessions have none.
+        state: the measurement's verdict on itself, see `State`.
         reason: one sentence for anything but valid.
         tokens_digest: SHA-256 of the generated token ids, "" where none are generated.
         checks: further plain data: threads per rank, comparison with TP=1, resolution of the clock.
@@ -133,7 +141,9 @@ class Measurement:
     shape: Mapping[str, int]
     values_s: tuple[tuple[float, ...], ...]
     warmup_s: tuple[tuple[float, ...], ...] = ()
-    state: Literal["valid", "noisy", "not-steady", "failed"] = "valid"
+    began_s: tuple[float, ...] = ()
+    device_s: tuple[tuple[float, ...], ...] = ()
+    state: State = "valid"
     reason: str = ""
     tokens_digest: str = ""
     checks: Mapping[str, Any] = field(default_factory=dict)
@@ -187,10 +197,13 @@ class Writer:
         self.path = path
         self.header = header
         self.done: dict[str, Verdict | Measurement] = dict(done or {})
-        self._file = path.open("ab")
+        begun = path if path.exists() else path.with_suffix(".part")
+        self._file = begun.open("ab")
         _lock(self._file, path)
-        if path.stat().st_size == 0:
+        if begun.stat().st_size == 0:
             self._write("header", header)
+        if begun != path:
+            begun.replace(path)  # whenever the run is killed, a file of this name has its header
 
     @classmethod
     def start(cls, directory: Path, header: Header, *, fresh: bool = False) -> Self:
@@ -279,8 +292,9 @@ def read(path: Path) -> Run:
                 data["requirements"] = tuple(data["requirements"])
                 rows[data["case"]] = Verdict(**_known(Verdict, data))
             elif record == "measurement":
-                for key in ("values_s", "warmup_s"):
-                    data[key] = tuple(tuple(values) for values in data[key])
+                for key in ("values_s", "warmup_s", "device_s"):
+                    data[key] = tuple(tuple(values) for values in data.get(key, ()))
+                data["began_s"] = tuple(data.get("began_s", ()))
                 rows[data["case"]] = Measurement(**_known(Measurement, data))
             elif record == "footer":
                 footer = Footer(**_known(Footer, data))

@@ -13,6 +13,7 @@ from vlmqual_contract.discovery import LIBRARIES, TARGETS, origin, parse
 from vlmqual_contract.errors import TargetFailure, TargetMisspoke, Unsupported, UsageError
 from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.launch import Group, Limits
+from vlmqual_contract.nodes import Nodes
 from vlmqual_contract.subject import RemoteLibrary
 from vlmqual_contract.target import (
     Array,
@@ -39,15 +40,36 @@ class Repeated:
 
     Attributes:
         seconds: for each repetition a value for each step; of several ranks the slowest one's.
+        began_s: monotonic clock of rank 0's host when each repetition began.
+        device_s: as `seconds`, by the devices' own clocks; empty lists where sessions have none.
+        collective_s: for each repetition and step what the ranks spent in collective operations, where it was watched.
+        buckets: for each repetition the different fixed shapes of its calls (rank 0); empty where there are none.
         digests: digest of the generated token ids for each repetition (rank 0).
         tokens: (B, 1 + steps) of the last repetition, or None.
         logits: (1 + steps, B, V) of the last repetition, or None.
     """
 
     seconds: list[list[float]]
+    began_s: list[float]
+    device_s: list[list[float]]
+    collective_s: list[list[list[float]]]
+    buckets: list[list[str]]
     digests: list[str]
     tokens: IntArray | None
     logits: FloatArray | None
+
+    def followed_by(self, later: Repeated) -> Repeated:
+        """These repetitions and later ones; tokens and logits are those of the last."""
+        return Repeated(
+            [*self.seconds, *later.seconds],
+            [*self.began_s, *later.began_s],
+            [*self.device_s, *later.device_s],
+            [*self.collective_s, *later.collective_s],
+            [*self.buckets, *later.buckets],
+            [*self.digests, *later.digests],
+            later.tokens,
+            later.logits,
+        )
 
 
 class _Kept:
@@ -171,6 +193,7 @@ class RemoteSession:
         steps: int = 0,
         tokens: IntArray | None = None,
         keep_logits: bool = False,
+        collectives: bool = False,
     ) -> int:
         """Hand over what a measured repetition does (see `timing.Work`); the number that `repeat` takes."""
         body = {
@@ -182,16 +205,24 @@ class RemoteSession:
             "steps": steps,
             "tokens": tokens,
             "keep_logits": keep_logits,
+            "collectives": collectives,
         }
         return int(self.request(body)["work"])
 
     def repeat(self, work: int, count: int = 1) -> Repeated:
         """Run repetitions in the worker's timing loop; of several ranks the slowest one's value of every step."""
         replies = self.request_all({"op": "repeat", "work": work, "count": count})
-        by_rank = [reply["seconds"] for reply in replies]
-        slowest = [[max(values) for values in zip(*steps, strict=True)] for steps in zip(*by_rank, strict=True)]
         first = replies[0]
-        return Repeated(slowest, first["digests"], first["tokens"], first["logits"])
+        return Repeated(
+            _slowest([reply["seconds"] for reply in replies]),
+            first["began_s"],
+            _slowest([reply["device_s"] for reply in replies]),
+            _by_step([reply["collective_s"] for reply in replies]),
+            first["buckets"],
+            first["digests"],
+            first["tokens"],
+            first["logits"],
+        )
 
     def close(self) -> None:
         """Close the model; the workers stay."""
@@ -229,6 +260,16 @@ class RemoteSession:
                 raise
 
 
+def _slowest(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Of each step of each repetition the largest value of all ranks."""
+    return [[max(values) for values in steps] for steps in _by_step(by_rank)]
+
+
+def _by_step(by_rank: Sequence[Sequence[Sequence[float]]]) -> list[list[list[float]]]:
+    """Of each step of each repetition the values of all ranks."""
+    return [[list(values) for values in zip(*steps, strict=True)] for steps in zip(*by_rank, strict=True)]
+
+
 def _needed(body: Mapping[str, Any]) -> Capability | None:
     """The capability that a request is about, where it is about one."""
     if body["op"] == "read" and body.get("all_positions"):
@@ -250,6 +291,7 @@ class RemoteTarget:
         python: interpreter of another environment.
         threads: compute threads of each rank.
         limits: time limits.
+        nodes: further machines for the ranks, where there are any.
 
     Raises:
         UsageError: the target string is wrong, or the target cannot do this tensor-parallel size at all.
@@ -267,6 +309,7 @@ class RemoteTarget:
         python: str | None = None,
         threads: int | None = None,
         limits: Limits | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self.text = text
         spec = parse(text)
@@ -278,7 +321,9 @@ class RemoteTarget:
                 raise UsageError(f"target {text!r} does not split a model over devices: it lacks tensor-parallel")
             if tp > 1 and self.info.processes == "per-rank":
                 self._group.stop()
-                self._group = Group(self._arguments, size=tp, python=python, threads=threads, limits=limits)
+                self._group = Group(
+                    self._arguments, size=tp, python=python, threads=threads, limits=limits, nodes=nodes
+                )
                 self._group.request({"op": "describe"})
         except BaseException:
             self._group.kill()

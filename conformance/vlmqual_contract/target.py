@@ -217,7 +217,11 @@ class Costs:
 class Session(Protocol):
     """An opened model. Any phase accepts tensors that the target did not make itself.
 
-    A session of a target with `Info.fixed_shapes` also has `costs() -> Costs`.
+    A session of a target with `Info.fixed_shapes` also has `costs() -> Costs`. One whose device has a clock may have
+    `device_s() -> float`: seconds that the device itself took for the latest call of vision, prefill or decode; it is
+    asked after `synchronize()`. One of several processes may have `collectives(watched: bool) -> float`: seconds of
+    this rank in collective operations since it was last asked, where they were watched; from then on they are watched,
+    which waits for the device around each, or not.
     """
 
     def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:

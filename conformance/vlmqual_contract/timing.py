@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vlmqual_contract.errors import UsageError
-from vlmqual_contract.target import Array, Features, Inputs, IntArray, Prompt, Session
+from vlmqual_contract.errors import Unsupported, UsageError
+from vlmqual_contract.target import Array, Costs, Features, Inputs, IntArray, Prompt, Session
 
+_Result = TypeVar("_Result")
 PHASES = ("preprocess", "vision", "prefill", "decode", "ttft")
 
 
@@ -28,6 +30,7 @@ class Work:
         steps: decode steps of a repetition.
         tokens: (steps, B) tokens to force; None feeds the greedy tokens back.
         keep_logits: return the logits of the last repetition.
+        collectives: watch what is spent in collective operations, which changes what is measured.
     """
 
     phase: str
@@ -37,6 +40,7 @@ class Work:
     steps: int = 0
     tokens: IntArray | None = None
     keep_logits: bool = False
+    collectives: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,20 @@ class Repetition:
     """What one repetition gave.
 
     Attributes:
-        seconds: one value; for decode one for each step.
+        seconds: one value; for decode one for each step. Host time between two `synchronize()` calls.
+        began_s: monotonic host clock when the first of them began.
+        device_s: the same of the device's own clock, where the session has `device_s`; empty elsewhere.
+        collective_s: with `collectives`, what this rank spent in collective operations of each call.
+        buckets: of sessions that have `costs`, the different buckets of the phase's calls, in order.
         tokens: (B, 1 + steps) greedy tokens, None for preprocess and vision.
         logits: (1 + steps, B, V) with `keep_logits`, the prefill's first.
     """
 
     seconds: list[float]
+    began_s: float = 0.0
+    device_s: list[float] = field(default_factory=list)
+    collective_s: list[float] = field(default_factory=list)
+    buckets: tuple[str, ...] = ()
     tokens: IntArray | None = None
     logits: Array | None = None
 
@@ -68,7 +80,10 @@ def prepare(session: Session, work: Work) -> Work:
 
     Raises:
         UsageError: the phase is unknown.
+        Unsupported: collective operations cannot be watched.
     """
+    if work.collectives and not hasattr(session, "collectives"):  # optional: see target.Session
+        raise Unsupported("the target's sessions do not tell what they spend in collective operations")
     if work.phase not in PHASES:
         raise UsageError(f"phase {work.phase!r} is unknown; phases are {', '.join(PHASES)}")
     if work.phase in ("prefill", "decode") and work.features is None and "pixel_values" in work.inputs:
@@ -78,40 +93,74 @@ def prepare(session: Session, work: Work) -> Work:
 
 
 def repeat(session: Session, work: Work) -> Repetition:
-    """Run one repetition between two `synchronize()` calls on the monotonic host clock."""
-    clock = time.perf_counter
-    session.synchronize()
-    if work.phase == "preprocess":
-        start = clock()
-        session.preprocess(work.prompts)
-        return Repetition([clock() - start])
-    if work.phase == "vision":
-        start = clock()
-        session.vision(work.inputs)
-        session.synchronize()
-        return Repetition([clock() - start])
+    """Run one repetition: the monotonic host clock between two `synchronize()` calls around each measured call."""
     if work.phase == "ttft":
-        start = clock()
-        inputs = session.preprocess(work.prompts)
-        features = session.vision(inputs) if "pixel_values" in inputs else None
-        tokens = session.prefill(inputs, features).tokens()
-        return Repetition([clock() - start], tokens[:, None])
-    start = clock()
-    step = session.prefill(work.inputs, work.features)
+        return _first_token(session, work)
+    watch = _Watch(session, work.phase, collectives=work.collectives)
+    if work.phase == "preprocess":
+        watch.time(lambda: session.preprocess(work.prompts))
+        return watch.repetition()
+    if work.phase == "vision":
+        watch.time(lambda: session.vision(work.inputs))
+        return watch.repetition()
+    prefill = partial(session.prefill, work.inputs, work.features)
+    step = watch.time(prefill) if work.phase == "prefill" else prefill()
+    tokens = [step.tokens()]
+    logits: list[Any] = [step.logits()] if work.keep_logits else []
+    for index in range(work.steps if work.phase == "decode" else 0):
+        step = watch.time(partial(session.decode, step, None if work.tokens is None else work.tokens[index]))
+        tokens.append(step.tokens())
+        if work.keep_logits:
+            logits.append(step.logits())
+    return watch.repetition(np.stack(tokens, axis=1), np.stack(logits) if logits else None)
+
+
+def _first_token(session: Session, work: Work) -> Repetition:
+    """From the request to its first token on the host, with nothing that waits in between."""
     session.synchronize()
-    seconds = [clock() - start]
-    kept_tokens = [step.tokens()]
-    kept_logits: list[Any] = [step.logits()] if work.keep_logits else []
-    if work.phase == "decode":
-        seconds = []
-        for index in range(work.steps):
-            forced = None if work.tokens is None else work.tokens[index]
-            session.synchronize()
-            start = clock()
-            step = session.decode(step, forced)
-            session.synchronize()
-            seconds.append(clock() - start)
-            kept_tokens.append(step.tokens())
-            if work.keep_logits:
-                kept_logits.append(step.logits())
-    return Repetition(seconds, np.stack(kept_tokens, axis=1), np.stack(kept_logits) if kept_logits else None)
+    start = time.perf_counter()
+    inputs = session.preprocess(work.prompts)
+    features = session.vision(inputs) if "pixel_values" in inputs else None
+    tokens = session.prefill(inputs, features).tokens()
+    return Repetition([time.perf_counter() - start], start, tokens=tokens[:, None])
+
+
+class _Watch:
+    """Times calls of one phase, and asks the session for its own account of each outside the clock."""
+
+    def __init__(self, session: Session, phase: str, *, collectives: bool) -> None:
+        self._synchronize = session.synchronize
+        self._device_s: Callable[[], float] | None = getattr(session, "device_s", None)  # optional: see target.Session
+        self._costs: Callable[[], Costs] | None = getattr(session, "costs", None)  # likewise
+        watched = getattr(session, "collectives", None) if collectives else None  # likewise
+        self._collectives: Callable[[bool], float] | None = watched
+        self._phase = phase
+        self._began_s = 0.0
+        self._seconds: list[float] = []
+        self._device: list[float] = []
+        self._collective: list[float] = []
+        self._buckets: dict[str, None] = {}
+
+    def time(self, call: Callable[[], _Result]) -> _Result:
+        """What the call returned."""
+        self._synchronize()
+        if self._collectives is not None:
+            self._collectives(True)
+        start = time.perf_counter()
+        result = call()
+        self._synchronize()
+        self._seconds.append(time.perf_counter() - start)
+        self._began_s = self._began_s or start
+        if self._collectives is not None:
+            self._collective.append(self._collectives(False))
+        if self._device_s is not None:
+            self._device.append(self._device_s())
+        if self._costs is not None and (made := self._costs().calls.get(self._phase)) is not None:
+            self._buckets[made.bucket] = None
+        return result
+
+    def repetition(self, tokens: IntArray | None = None, logits: Array | None = None) -> Repetition:
+        """Everything that was timed."""
+        return Repetition(
+            self._seconds, self._began_s, self._device, self._collective, tuple(self._buckets), tokens, logits
+        )

@@ -144,6 +144,7 @@ class Server:
             steps=body["steps"],
             tokens=body["tokens"],
             keep_logits=body["keep_logits"],
+            collectives=body["collectives"],
         )
         return {"work": self._keep(timing.prepare(self.session, work))}
 
@@ -152,6 +153,10 @@ class Server:
         quiet = bool(body.get("quiet"))
         return {
             "seconds": [item.seconds for item in repetitions],
+            "began_s": [item.began_s for item in repetitions],
+            "device_s": [item.device_s for item in repetitions],
+            "collective_s": [item.collective_s for item in repetitions],
+            "buckets": [list(item.buckets) for item in repetitions],
             "digests": [item.digest() for item in repetitions],
             "tokens": None if quiet else repetitions[-1].tokens,
             "logits": None if quiet else repetitions[-1].logits,

@@ -19,7 +19,7 @@ from vlmqual_impl.entries import Entry, Spec
 from vlmqual_impl.families import family
 from vlmqual_impl.graphs import GRAPHS, Graphs
 from vlmqual_impl.runtime.eager import EagerRuntime
-from vlmqual_impl.weights import load, wanted_name
+from vlmqual_impl.weights import load, unfilled, wanted_name
 
 CHECKPOINTS = {"idefics": "idefics-tiny", "idefics3": "idefics3-tiny", "mllama": "mllama-tiny"}
 
@@ -30,7 +30,7 @@ def network(checkpoint: str, dtype: torch.dtype = torch.float64) -> tuple[str, A
     values = read_config(directory)
     config = config_for(values)
     kind = family(config.model_type)
-    with torch.device("meta"):
+    with unfilled():
         made = kind.network(kind.prepared(config, values, directory))
     load(made, directory, rename=kind.rename, dtype=dtype)
     return kind.name, made.eval()
@@ -113,7 +113,7 @@ def slim(source: str, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(values), "utf-8")
     kind = family(family_name)
-    with torch.device("meta"):
+    with unfilled():
         wanted = {name: tensor.shape for name, tensor in kind.network(config_for(values)).state_dict().items()}
     kept = {}
     for name, tensor in load_file(directory / "model.safetensors").items():

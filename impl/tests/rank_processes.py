@@ -18,7 +18,7 @@ import numpy as np
 RANKS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np, torch, vlmqual_impl.runtime.eager
+import numpy as np, numpy.random, torch, vlmqual_impl.families, vlmqual_impl.runtime.eager, vlmqual_impl.weights
 from ranks_example import run
 torch.set_num_threads(1)
 for rank in (1, 2, 3, 0):

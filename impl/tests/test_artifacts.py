@@ -19,6 +19,10 @@ from artifact_makers import entry, hang, race, write
 from vlmqual_impl import artifacts
 from vlmqual_impl.artifacts import RECORD, Shelf
 
+# Processes of their own that need not import torch again.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "vlmqual_impl.artifacts"])
+
 
 def forbidden(folder: Path) -> None:
     raise AssertionError(f"something was made in {folder}")
@@ -162,7 +166,7 @@ def _wait(ready: Callable[[], bool]) -> None:
 
 
 def test_a_killed_maker_leaves_no_artefact_and_its_draft_is_swept_by_the_next(shelf: Shelf) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=hang, args=(shelf,))
+    process = FORKS.Process(target=hang, args=(shelf,))
     process.start()
     _wait(lambda: bool(list(shelf.folder.glob(".*/model.bin"))))
     assert not list(shelf.folder.glob("[!.]*")), "an unfinished artefact has its name already"
@@ -174,9 +178,8 @@ def test_a_killed_maker_leaves_no_artefact_and_its_draft_is_swept_by_the_next(sh
 
 
 def test_processes_that_make_the_same_at_once_end_up_with_one_whole_artefact(shelf: Shelf) -> None:
-    context = multiprocessing.get_context("spawn")
-    start, places = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=race, args=(shelf, number, start, places)) for number in range(2)]
+    start, places = FORKS.Barrier(2), FORKS.Queue()
+    processes = [FORKS.Process(target=race, args=(shelf, number, start, places)) for number in range(2)]
     for process in processes:
         process.start()
     found = {places.get(timeout=120)[1] for _ in processes}

@@ -97,9 +97,9 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with Nursery("worker") as worker, Nursery("suite") as suite:
-        yield Bench(worker.python, suite.python)
+def bench(nursery: Nursery) -> Iterator[Bench]:
+    with Nursery("suite") as suite:
+        yield Bench(nursery.python, suite.python)
 
 
 def test_what_is_derived_is_what_a_narrower_target_is_really_told(bench: Bench) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,12 +82,6 @@ def test_a_fault_whose_place_has_moved_is_no_target(monkeypatch: pytest.MonkeyPa
 
 
 # workers that are copies ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 def test_a_worker_of_the_nursery_answers_as_any_other(nursery: Nursery, truth: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -45,6 +45,16 @@ class Answer:
     logits: np.ndarray
     costs: Costs
     cache: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table_of_operators() -> Iterator[None]:
+    """For every function torch reads the sources of all ONNX operators anew, a third of its time; here once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="module")

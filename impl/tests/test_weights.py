@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from graph_objects import network
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration, Idefics3Model
 from vlmqual_impl.checkpoints import CheckpointError, locate
@@ -174,6 +176,27 @@ def test_weights_take_the_dtype_that_is_asked_for(saved: Path) -> None:
     mine().to(torch.bfloat16).save_pretrained(saved)
     assert Idefics3ForConditionalGeneration.from_pretrained(saved).dtype == torch.float32
     assert Idefics3ForConditionalGeneration.from_pretrained(saved, dtype="auto").dtype == torch.bfloat16
+
+
+class Listener(TorchFunctionMode):
+    """Names of the functions that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["idefics-tiny", "idefics-resampler-tiny", "idefics3-tiny", "mllama-tiny"])
+def test_a_model_that_is_made_to_be_loaded_draws_no_numbers(name: str) -> None:
+    """Where nothing is stored torch would load its compiler for them, in every worker."""
+    with Listener() as listener:
+        network(name)
+    assert "empty" in listener.heard
+    assert not {called for called in listener.heard if "rand" in called or called.endswith(("normal_", "uniform_"))}
 
 
 def test_a_rank_holds_its_columns_and_rows_only(saved: Path) -> None:

@@ -37,6 +37,12 @@ _MODULES = (
     "torch._dynamo",  # as soon as an embedding is made on the device "meta"
     "transformers.models.auto.tokenization_auto",
 )
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
 _STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 link = socket.socket(socket.AF_UNIX)
@@ -73,7 +79,7 @@ class Nursery:
             [sys.executable, "-m", "vlmqual_faults.nursery", kind, str(number)],
             pass_fds=(number,),
             stdin=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            env={**os.environ, **_ENVIRONMENT},
         )
         self._listener.close()  # so that nobody waits for a process that has ended
 
@@ -116,12 +122,14 @@ def _load_worker() -> None:
 
 
 def _load_suite() -> None:
-    """Collect the whole suite once, and read the goldens; copies find the modules and the arrays in memory."""
+    """Collect the whole suite once, and read its goldens and requirements; copies find them in memory."""
+    from vlmqual_conformance import catalogue
     from vlmqual_conformance.goldens import goldens
     from vlmqual_contract.target import FAMILIES
     from vlmqual_faults.cases import collected
 
     collected()
+    catalogue.requirements()
     for golden in (golden for family in FAMILIES for golden in goldens(family)):
         for name in golden.names:
             golden.array(name)
@@ -160,6 +168,7 @@ def _become(kind: str, link: socket.socket) -> None:
         code = int(end.code or 0)
     finally:
         with contextlib.suppress(OSError):
+            sys.stdout.flush()
             sys.stderr.flush()
             link.send(str(code).encode())
         os._exit(code)

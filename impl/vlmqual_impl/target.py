@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.footprint import Footprint
 from vlmqual_contract.target import Capability, Info, Model, Options, Prompt
+from vlmqual_impl.target_cuda import CudaSession
 from vlmqual_impl.target_session import EagerSession
 
 if TYPE_CHECKING:
@@ -91,16 +92,17 @@ class EagerTarget:
                 config = family.prepared(config, values, directory)
                 with unfilled():
                     network = family.network(config)
-                device, cuts = self._device, {}
+                device, cuts, add = self._device, {}, tp.Sum()
                 if options.tp > 1:
                     device = self._join(rank)
                     joined = True
-                    cuts = tp.shard(network, family.plan, rank, options.tp)
+                    cuts = tp.shard(network, family.plan, rank, options.tp, add)
                 load(network, directory, rename=family.rename, cuts=cuts, dtype=self._dtype, device=device)
             except (ValueError, OSError) as error:
                 raise UsageError(str(error)) from error
             runtime = family.runtime(network.eval(), self._attention)
-            yield EagerSession(runtime, family, family.features(config), directory, options)
+            session = CudaSession if self._device.type == "cuda" else EagerSession
+            yield session(runtime, family, family.features(config), directory, options, add)
         finally:
             _leave(joined)
 
@@ -153,18 +155,19 @@ class EagerTarget:
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
         """Seconds of one pass of a ceiling probe, the best of several.
 
+        Several ranks start every pass together, so that each has what the others leave it. They meet for the probe
+        where no session is open.
+
         Args:
             name: "stream" copies n elements (2 n elements of traffic), "gemm" multiplies (m, k) by (k, n),
-                "all-reduce" sums n elements over the ranks of the open session (with one rank: a pass that moves
-                nothing).
+                "all-reduce" sums n elements over the ranks (with one rank: a pass that moves nothing).
             shape: (n,), (m, n, k), (n,).
             dtype: one of `DTYPES`.
 
         Raises:
-            UsageError: the probe, its shape or the dtype is not known.
+            UsageError: the probe, its shape or the dtype is not known, or the ranks cannot meet.
         """
         import torch
-        import torch.distributed as dist
 
         one_of("dtype", dtype, DTYPES)
         one_of("probe", name, ("stream", "gemm", "all-reduce"))
@@ -172,25 +175,53 @@ class EagerTarget:
             raise UsageError(f"probe {name!r} takes {'(m, n, k)' if name == 'gemm' else '(n,)'}, got {shape}")
         if self._threads:
             torch.set_num_threads(self._threads)
-        kind: torch.dtype = getattr(torch, dtype)
+        with self._together():
+            return self._best(self._pass(name, shape, getattr(torch, dtype)))
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A group of all ranks of this launch: that of the open session, or one for the time being."""
+        import torch.distributed as dist
+
+        from vlmqual_impl import tp
+
+        ranks = int(os.environ.get("WORLD_SIZE") or 1)
+        joined = ranks > 1 and not dist.is_initialized()
+        try:
+            if joined:
+                self._join(tp.environment(os.environ, ranks))
+            yield
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        finally:
+            _leave(joined)
+
+    def _pass(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], object]:
+        """What one pass of a probe does, over buffers of its own."""
+        import torch
+        import torch.distributed as dist
+
         if name == "gemm":
             m, n, k = shape
-            left = torch.ones((m, k), dtype=kind, device=self._device)
-            right = torch.ones((k, n), dtype=kind, device=self._device)
-            out = torch.empty((m, n), dtype=kind, device=self._device)
-            return self._best(lambda: torch.mm(left, right, out=out))
-        source = torch.ones(shape, dtype=kind, device=self._device)
+            left = torch.ones((m, k), dtype=dtype, device=self._device)
+            right = torch.ones((k, n), dtype=dtype, device=self._device)
+            out = torch.empty((m, n), dtype=dtype, device=self._device)
+            return lambda: torch.mm(left, right, out=out)
+        source = torch.ones(shape, dtype=dtype, device=self._device)
         if name == "stream":
             target = torch.empty_like(source)
-            return self._best(lambda: target.copy_(source))
+            return lambda: target.copy_(source)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        return self._best(lambda: dist.all_reduce(source, op=dist.ReduceOp.MAX) if several else None)
+        return lambda: dist.all_reduce(source, op=dist.ReduceOp.MAX) if several else None
 
-    def _best(self, work: Any, repetitions: int = 5) -> float:
+    def _best(self, work: Callable[[], object], repetitions: int = 5) -> float:
         import torch
+        import torch.distributed as dist
 
         best = float("inf")
         for _ in range(repetitions + 1):  # the first touches memory and is not better than the others
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.barrier()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             start = time.perf_counter()

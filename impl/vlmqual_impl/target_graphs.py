@@ -18,6 +18,7 @@ from vlmqual_impl.target_session import EagerSession
 if TYPE_CHECKING:
     from vlmqual_impl.artifacts import Shelf
     from vlmqual_impl.families import Family
+    from vlmqual_impl.probes import Draft
     from vlmqual_impl.runtime.engines import Engine
     from vlmqual_impl.runtime.graphs import GraphRuntime
 
@@ -106,7 +107,7 @@ class GraphTarget(ABC):
         """
 
     @abstractmethod
-    def engine(self, shelf: Shelf, options: Options) -> Engine:
+    def engine(self, shelf: Shelf | Draft, options: Options) -> Engine:
         """The executor.
 
         Raises:
@@ -192,12 +193,33 @@ class GraphTarget(ABC):
             raise Unsupported(f"tp {options.tp}: {self.kind} runs the model on one device; 1 is valid")
 
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
-        """Not offered.
+        """Seconds of one pass of a ceiling probe, compiled for the device, the best of several.
+
+        Args:
+            name: see `probes.entry`.
+            shape: (n,), (m, n, k).
+            dtype: one of the target's.
 
         Raises:
-            Unsupported: always.
+            Unsupported: there is no such probe here; one device sums nothing.
+            UsageError: the shape or the dtype is not known, or it cannot be compiled.
         """
-        raise Unsupported(f"probe {name!r}: {self.kind} runs whole functions; it has no probes of its own")
+        import torch
+
+        from vlmqual_impl import probes
+
+        if name not in ("stream", "gemm"):
+            raise Unsupported(f"probe {name!r}: {self.kind} has stream and gemm")
+        one_of("dtype", dtype, self.dtypes)
+        if len(shape) != (3 if name == "gemm" else 1) or min(shape) < 1:
+            raise UsageError(f"probe {name!r} takes {'(m, n, k)' if name == 'gemm' else '(n,)'}, got {shape}")
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with probes.draft() as shelf:
+                return probes.best_s(self.engine(shelf, Options()), probes.entry(name, shape, getattr(torch, dtype)))
+        except (ValueError, OSError) as error:
+            raise UsageError(str(error)) from error
 
 
 class GraphSession(EagerSession):
@@ -247,7 +269,7 @@ class OpenVinoTarget(GraphTarget):
 
         core(self._device)
 
-    def engine(self, shelf: Shelf, options: Options) -> Engine:
+    def engine(self, shelf: Shelf | Draft, options: Options) -> Engine:
         """See `GraphTarget.engine`."""
         from vlmqual_impl.runtime.openvino_engine import OpenVinoEngine
 
@@ -280,7 +302,7 @@ class OnnxRuntimeTarget(GraphTarget):
 
         provider(self._device)
 
-    def engine(self, shelf: Shelf, options: Options) -> Engine:
+    def engine(self, shelf: Shelf | Draft, options: Options) -> Engine:
         """See `GraphTarget.engine`."""
         from vlmqual_impl.runtime.onnx_engine import OnnxEngine
 

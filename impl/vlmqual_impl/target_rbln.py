@@ -16,6 +16,7 @@ from vlmqual_impl.target_graphs import GraphTarget
 
 if TYPE_CHECKING:
     from vlmqual_impl.artifacts import Shelf
+    from vlmqual_impl.probes import Draft
     from vlmqual_impl.runtime.engines import Engine
 
 COMPILER = "rebel-compiler"
@@ -126,7 +127,7 @@ class RblnTarget(GraphTarget):
         if self._devices and options.tp not in (1, len(self._devices)):
             raise UsageError(f"tp {options.tp}: device names {len(self._devices)} devices")
 
-    def engine(self, shelf: Shelf, options: Options) -> Engine:
+    def engine(self, shelf: Shelf | Draft, options: Options) -> Engine:
         """See `GraphTarget.engine`."""
         from vlmqual_impl.runtime.rebel_engine import RebelEngine
 

@@ -16,13 +16,23 @@ if TYPE_CHECKING:
 
     from vlmqual_impl.families import Family
     from vlmqual_impl.runtime.base import Runtime, Sequences
+    from vlmqual_impl.tp import Sum
 
 
 class EagerSession:
     """An opened model."""
 
-    def __init__(self, runtime: Runtime, family: Family, features: str, directory: Path, options: Options) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        family: Family,
+        features: str,
+        directory: Path,
+        options: Options,
+        add: Sum | None = None,
+    ) -> None:
         self._runtime = runtime
+        self._add = add
         self._family = family
         self._features = features
         self._directory = directory
@@ -97,6 +107,10 @@ class EagerSession:
     def synchronize(self) -> None:
         """Return when the device has done everything."""
         self._runtime.synchronize()
+
+    def collectives(self, watched: bool) -> float:
+        """See `vlmqual_contract.target.Session`."""
+        return 0.0 if self._add is None else self._add.watch(watched)
 
 
 class EagerFeatures:

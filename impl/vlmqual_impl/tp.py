@@ -8,6 +8,7 @@ no pattern names are whole on every rank, the language model head among them, so
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,19 +30,53 @@ class Cut:
     stop: int
 
 
+class Sum:
+    """Adds a tensor over the ranks, in place; on demand it tells how long that took.
+
+    Args:
+        group: process group, None for the default one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._watched = False
+        self._seconds = 0.0
+
+    def __call__(self, x: Tensor) -> None:
+        """Add `x` over the ranks; while it is watched, the device is waited for before and after."""
+        if not self._watched:
+            dist.all_reduce(x, group=self._group)
+            return
+        _settle(x.device)
+        start = time.perf_counter()
+        dist.all_reduce(x, group=self._group)
+        _settle(x.device)
+        self._seconds += time.perf_counter() - start
+
+    def watch(self, watched: bool) -> float:
+        """Seconds of host time in sums since this was last called; from now on watched or not."""
+        seconds, self._seconds, self._watched = self._seconds, 0.0, watched
+        return seconds
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class RowLinear(nn.Module):
     """A linear module that sees some of the inputs; sums over the ranks, then adds the bias once."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, add: Sum) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-        self.group = group
+        self.add = add
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs of this rank) to (..., outputs), equal on every rank."""
         total = F.linear(x, self.weight).contiguous()
-        dist.all_reduce(total, group=self.group)
+        self.add(total)
         return total if self.bias is None else total + self.bias
 
 
@@ -67,7 +102,7 @@ def shard(
     plan: Sequence[tuple[str, str]],
     rank: int,
     ranks: int,
-    group: dist.ProcessGroup | None = None,
+    add: Sum | None = None,
 ) -> dict[str, Cut]:
     """Replace a model's modules on the meta device by this rank's parts.
 
@@ -76,12 +111,13 @@ def shard(
         plan: name patterns (matched at the end of a module's name) and `COLUMN` or `ROW`.
         rank: this rank.
         ranks: how many there are.
-        group: process group of the sums, None for the default one.
+        add: makes the sums of all row modules; None for sums over the default process group.
 
     Returns:
         Names of parameters to the part of the stored tensor that this rank loads.
     """
     cuts: dict[str, Cut] = {}
+    add = add or Sum()
     patterns = [(re.compile(rf"(^|\.){pattern}$"), kind) for pattern, kind in plan]
     for name, module in list(model.named_modules()):
         kind = next((kind for pattern, kind in patterns if pattern.search(name)), None)
@@ -90,7 +126,7 @@ def shard(
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name}: the plan says {kind!r}, but it is a {type(module).__name__}")
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], _part(module, name, kind, rank, ranks, group, cuts))
+        setattr(parent, name.rpartition(".")[2], _part(module, name, kind, rank, ranks, add, cuts))
     return cuts
 
 
@@ -100,7 +136,7 @@ def _part(
     kind: str,
     rank: int,
     ranks: int,
-    group: dist.ProcessGroup | None,
+    add: Sum,
     cuts: dict[str, Cut],
 ) -> nn.Module:
     has_bias = module.bias is not None
@@ -113,7 +149,7 @@ def _part(
             return nn.Linear(module.in_features, size, bias=has_bias)
         size = module.in_features // ranks
         cuts[f"{name}.weight"] = Cut(1, rank * size, (rank + 1) * size)
-        return RowLinear(size, module.out_features, has_bias, group)
+        return RowLinear(size, module.out_features, has_bias, add)
 
 
 def environment(variables: Mapping[str, str], ranks: int) -> int:

@@ -38,7 +38,7 @@ class _Unfilled(TorchFunctionMode):
     ) -> Any:
         """Run `func`, unless it is an initialisation; that returns its tensor."""
         named = dict(kwargs or {})
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        if getattr(func, "__module__", "") == "torch.nn.init" or func == Tensor.normal_:
             return named["tensor"] if "tensor" in named else args[0]
         return func(*args, **named)
 

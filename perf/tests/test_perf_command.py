@@ -33,7 +33,8 @@ def test_every_phase_takes_at_least_the_time_that_its_work_takes(tmp_path):
     assert perf(tmp_path) == EXIT_OK
     run, found = rows(tmp_path)
     assert run.complete
-    assert set(found) == {f"{phase}/tp1" for phase in ("load", "preprocess", "vision", "prefill", "decode", "ttft")}
+    phases = ("load", "first-call", "preprocess", "vision", "prefill", "decode", "ttft")
+    assert set(found) == {f"{phase}/tp1" for phase in phases}
     whole = SECONDS["preprocess"] + SECONDS["vision"] + SECONDS["prefill"]
     for phase, least in {**SECONDS, "ttft": whole}.items():
         values = [value for steps in found[f"{phase}/tp1"].values_s for value in steps]
@@ -75,10 +76,21 @@ def test_a_split_that_computes_something_else_fails_its_cells(tmp_path, capsys, 
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_an_impossible_size_stops_everything_with_the_targets_sentence(tmp_path, capsys):
-    assert perf(tmp_path, "--tp", "1,3") == EXIT_USAGE
+def test_an_impossible_size_fails_its_cells_with_the_targets_sentence_and_the_others_are_measured(tmp_path, capsys):
+    assert perf(tmp_path, "--tp", "1,3", "--phases", "prefill") == EXIT_FAILED
+    run, found = rows(tmp_path)
+    assert run.complete
+    assert found["prefill/tp1"].state != "failed"
+    assert found["prefill/tp3"].state == "failed"
+    assert found["prefill/tp3"].reason == "text_config: 8 attention heads do not divide by 3 ranks"
+    assert found["prefill/tp3"].dtype == found["prefill/tp1"].dtype, "a reader groups cells by dtype"
+    assert "heads % 3" in capsys.readouterr().out
+
+
+def test_a_run_of_which_nothing_is_possible_is_refused_with_the_targets_sentence(tmp_path, capsys):
+    assert perf(tmp_path, "--tp", "3") == EXIT_USAGE
     assert "8 attention heads do not divide by 3" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists(), "nothing may be measured before all sizes are known to be possible"
+    assert not (tmp_path / "results").exists(), "nothing may be measured"
 
 
 def test_tokens_that_change_between_repetitions_fail_the_cell(tmp_path):
@@ -97,7 +109,9 @@ def test_a_crash_fails_its_cells_and_the_others_are_measured(tmp_path):
     assert perf(tmp_path, target=f"{TRUTH}:bad=crash") == EXIT_FAILED
     run, found = rows(tmp_path)
     assert run.complete, "a failed cell is a result, not a gap"
-    assert {name for name, row in found.items() if row.state == "failed"} == {"prefill/tp1", "decode/tp1", "ttft/tp1"}
+    assert {name for name, row in found.items() if row.state == "failed"} == {
+        f"{phase}/tp1" for phase in ("first-call", "prefill", "decode", "ttft")
+    }
     assert "exit status 9" in found["prefill/tp1"].reason
 
 
@@ -193,10 +207,10 @@ def test_every_figure_of_a_rehearsal_is_marked_where_it_is_printed(tmp_path, cap
     assert perf(tmp_path, "--rehearse", target=f"{TRUTH}:bad=emulated") == EXIT_OK
     text = capsys.readouterr().out
     cells = [line for line in text.splitlines() if line.startswith("[")]
-    assert len(cells) == 6
+    assert len(cells) == 7
     assert all(" ms emulated" in line for line in cells), "a figure is printed without its mark"
     listed = [line for line in text.splitlines() if line.startswith("idefics3-photo ")]
-    assert len(listed) == 6
+    assert len(listed) == 7
     assert all(line.rstrip().endswith("emulated") for line in listed), "the table shows a figure without its mark"
 
 
@@ -222,7 +236,7 @@ def test_fixed_shapes_tell_their_bucket_padding_and_compile_time(tmp_path, capsy
     assert compiled.values_s == ((1.9375,),)
     assert (compiled.checks["compile_s"], compiled.checks["load_s"]) == (1.5, 0.4375)
     assert "2 of 3 functions compiled in 1.5 s, all loaded in 0.438 s" in compiled.reason
-    (prefill,) = [
+    prefill, *_ = [
         line.split() for line in text.splitlines() if line.startswith("idefics3-photo ") and "prefill" in line
     ]
     assert prefill[-6:] == ["b1", "c16", "x", "1", "75", "%"]
@@ -338,7 +352,7 @@ def test_a_dry_run_lists_the_cells_and_opens_no_model(tmp_path, capsys):
     log = tmp_path / "log"
     assert perf(tmp_path, "--tp", "1,2", "--dry-run", target=f"{TRUTH}:log={log},bad=crash") == EXIT_OK
     text = capsys.readouterr().out
-    assert "12 cells" in text
+    assert "14 cells" in text
     assert "idefics3-photo/decode/tp2" in text
     assert "idefics3-photo, tensor-parallel size 2" in text
     assert not (tmp_path / "results").exists()

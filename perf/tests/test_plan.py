@@ -1,11 +1,14 @@
-"""What a request's tensors say of its size."""
+"""What a request's tensors say of its size, and in which order cells are run."""
 
 from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
 from vlmqual_contract.scenario import Scenario
-from vlmqual_perf.plan import shape_of
+from vlmqual_perf.plan import PHASES, cells, seed_of, shape_of
 
 
 def scenario(family: str, images: int) -> Scenario:
@@ -75,3 +78,59 @@ def test_features_of_an_idefics_image_are_those_of_its_size_or_the_latents_of_th
     assert larger["image_tokens"] == 36 + 1
     resampler = {**IDEFICS, "use_resampler": True, "perceiver_config": {"resampler_n_latents": 5}}
     assert shape_of(scenario("idefics", 1), idefics(1, [[0]]), resampler)["image_tokens"] == 5
+
+
+# order ---------------------------------------------------------------------------------------------------------------
+
+MANY = [
+    Scenario(f"{checkpoint}-{number}", "idefics3", checkpoint, "", images=("a.png",))
+    for checkpoint in "abc"
+    for number in range(4)
+]
+
+
+def test_a_seed_decides_the_order_and_never_which_cells_there_are() -> None:
+    listed = cells(MANY, PHASES, [1, 2])
+    orders = [[cell.case for cell in cells(MANY, PHASES, [1, 2], seed=seed)] for seed in range(5)]
+    assert all(sorted(order) == sorted(cell.case for cell in listed) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    again = [cell.case for cell in cells(MANY, PHASES, [1, 2], seed=3)]
+    assert again == orders[3], "a run that goes on has to keep its order"
+
+
+def test_sizes_stay_in_order_checkpoints_together_and_what_happens_once_in_front() -> None:
+    for seed in range(5):
+        found = cells(MANY, PHASES, [2, 1], seed=seed, fixed_shapes=True)
+        assert [cell.tp for cell in found] == [2] * (len(found) // 2) + [1] * (len(found) // 2)
+        blocks = [[*group] for _, group in groupby(found, lambda cell: (cell.tp, cell.scenario.checkpoint))]
+        assert len(blocks) == 2 * 3, "a checkpoint is loaded once for each size"
+        for block in blocks:
+            assert [cell.phase for cell in block[:2]] == ["load", "first-call"]
+            assert block[0].scenario.id.endswith("-0"), "loading belongs to the first scenario as listed"
+            scenarios = [[*group] for _, group in groupby(block[2:], lambda cell: cell.scenario.id)]
+            assert len(scenarios) == 4
+            assert all(cell.phase == "compile" for cell in (group[0] for group in scenarios))
+
+
+def test_phases_and_scenarios_and_checkpoints_are_all_shuffled() -> None:
+    firsts = [cells(MANY, PHASES, [1], seed=seed) for seed in range(8)]
+    assert len({found[0].scenario.checkpoint for found in firsts}) > 1
+    assert len({found[2].scenario.id[-1] for found in firsts}) > 1
+    assert len({found[2].phase for found in firsts}) > 1
+
+
+def test_without_a_seed_the_order_is_the_lists_and_the_datas() -> None:
+    found = cells(MANY[:2], PHASES, [1])
+    assert [cell.case for cell in found if cell.scenario is MANY[1]] == [
+        f"a-1/{phase}/tp1" for phase in ("preprocess", "vision", "prefill", "decode", "ttft")
+    ]
+
+
+def test_an_own_checkpoint_is_loaded_once_for_all_scenarios(tmp_path: Path) -> None:
+    found = cells(MANY, ["load", "prefill"], [1], checkpoint=tmp_path, seed=1)
+    assert [cell.phase for cell in found].count("load") == 1
+
+
+def test_the_same_facts_have_the_same_seed_and_others_another() -> None:
+    assert seed_of("eager", ["a"], [1, 2]) == seed_of("eager", ["a"], [1, 2])
+    assert seed_of("eager", ["a"], [1, 2]) != seed_of("eager", ["a"], [1, 4])

@@ -6,7 +6,7 @@ import pytest
 from vlmqual_contract import fixtures
 from vlmqual_contract.scenario import load_scenarios
 from vlmqual_perf.judge import ROUNDOFF_RATIO, Reference, budgets, compare, error, in_dtype, stored_budgets
-from vlmqual_perf.statistics import deviation, drifts, medians, resolution, steady
+from vlmqual_perf.statistics import drift, medians, percentile, resolution, steady
 
 
 def test_windows_that_agree_within_five_per_cent_are_steady():
@@ -19,14 +19,23 @@ def test_one_outlier_does_not_unsettle_a_window():
     assert steady([1.0, 1.0, 1.0, 1.0, 50.0, 1.0], 3)
 
 
-def test_a_rising_series_drifts_and_a_flat_noisy_one_does_not():
-    assert drifts(np.linspace(1.0, 2.0, 20))
-    assert not drifts(1.0 + 0.01 * np.random.Generator(np.random.PCG64(1)).standard_normal(40))
-    assert not drifts([1.0, 2.0, 3.0])
+def test_a_rising_series_has_a_trend_and_a_flat_noisy_one_has_none():
+    assert drift([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]) == pytest.approx(2 * (1.55 / 1.15 - 1))
+    assert drift(np.linspace(2.0, 1.0, 20)) < 0
+    assert drift(1.0 + 0.01 * np.random.Generator(np.random.PCG64(1)).standard_normal(40)) == 0
+    assert drift([1.0, 2.0, 3.0]) == 0
 
 
-def test_the_median_absolute_deviation_is_the_hand_made_one():
-    assert deviation([1.0, 2.0, 4.0, 8.0, 100.0]) == 3.0
+def test_a_jump_back_and_forth_is_no_trend():
+    assert drift([1.0, 1.2] * 10) == 0
+
+
+def test_a_percentile_is_given_when_ten_values_stand_behind_what_it_leaves_out():
+    values = np.arange(1000.0)
+    assert percentile(values, 0.99) == np.quantile(values, 0.99)
+    assert percentile(values[:999], 0.99) is None
+    assert percentile(values[:200], 0.95) is not None
+    assert percentile(values[:199], 0.95) is None
 
 
 def test_the_resolution_shrinks_with_more_values_and_is_zero_without_spread():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vlmqual_contract import fixtures
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.scenario import Scenario
 from vlmqual_contract.target import Inputs, Model, Prompt
 
-PHASES = ("load", "compile", "preprocess", "vision", "prefill", "decode", "ttft")
+PHASES = ("load", "first-call", "compile", "preprocess", "vision", "prefill", "decode", "ttft")
+ONCE = ("load", "first-call", "compile")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,28 @@ class Cell:
 
 
 def cells(
-    scenarios: Iterable[Scenario], phases: Sequence[str], sizes: Sequence[int], *, fixed_shapes: bool = False
+    scenarios: Sequence[Scenario],
+    phases: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    checkpoint: Path | None = None,
+    fixed_shapes: bool = False,
+    seed: int | None = None,
 ) -> list[Cell]:
-    """All cells in the order in which they are run: by size, then scenario, then phase in the data's order.
+    """All cells in the order in which they are run.
 
-    Loading is measured once for each checkpoint and size; a scenario without images has no vision phase, and only a
-    target with fixed shapes compiles.
+    Sizes come as they are listed. Within a size scenarios of the same checkpoint stay together, so that each is loaded
+    once; what happens once (load, first-call, compile) stays in front. A seed shuffles the rest: checkpoints within a
+    size, scenarios within a checkpoint, phases within a scenario. Which cells there are does not depend on it: loading
+    and the first call belong to the checkpoint's first scenario as listed.
+
+    Args:
+        scenarios: requests.
+        phases: of `PHASES`.
+        sizes: tensor-parallel sizes.
+        checkpoint: the user's own instead of the scenarios'.
+        fixed_shapes: the target compiles; others have no such phase. A scenario without images has no vision phase.
+        seed: of the order; None keeps the order of the lists, phases as in `PHASES`.
 
     Raises:
         UsageError: a phase is unknown or a size is not positive.
@@ -49,30 +68,45 @@ def cells(
         raise UsageError(f"phase {unknown[0]!r} is unknown; phases are {', '.join(PHASES)}")
     if wrong := [size for size in sizes if size < 1]:
         raise UsageError(f"tensor-parallel size {wrong[0]} is not positive")
+    blocks: dict[str, list[Scenario]] = {}
+    for scenario in scenarios:
+        name = scenario.family if checkpoint else f"{scenario.folder or ''}/{scenario.checkpoint}"
+        blocks.setdefault(name, []).append(scenario)
     found: list[Cell] = []
     for size in sizes:
-        loaded: set[str] = set()
-        for scenario in scenarios:
-            for phase in (phase for phase in PHASES if phase in phases):
-                if (phase == "vision" and not scenario.images) or (phase == "compile" and not fixed_shapes):
-                    continue
-                if phase == "load":
-                    if scenario.checkpoint in loaded:
-                        continue
-                    loaded.add(scenario.checkpoint)
-                found.append(Cell(scenario, phase, size))
+        for block in _shuffled(list(blocks.values()), seed, size):
+            found += [Cell(block[0], phase, size) for phase in ("load", "first-call") if phase in phases]
+            for scenario in _shuffled(block, seed, size, block[0].id):
+                if "compile" in phases and fixed_shapes:
+                    found.append(Cell(scenario, "compile", size))
+                repeated = [phase for phase in PHASES if phase in phases and phase not in ONCE]
+                if not scenario.images:
+                    repeated = [phase for phase in repeated if phase != "vision"]
+                found += [Cell(scenario, phase, size) for phase in _shuffled(repeated, seed, size, scenario.id)]
     return found
 
 
+def _shuffled(items: Sequence[Item], seed: int | None, *where: int | str) -> list[Item]:
+    """The items in an order that the seed and the place decide, on every machine the same."""
+    mixed = list(items)
+    if seed is not None:
+        random.Random(f"{seed} {where}").shuffle(mixed)
+    return mixed
+
+
+def seed_of(*facts: object) -> int:
+    """A seed that the same run always has, so that a run that is continued keeps its order."""
+    return int(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8], 16)
+
+
 def model_of(scenario: Scenario, checkpoint: Path | None) -> Model:
-    """The scenario's model: its fixture checkpoint, or the user's own."""
-    return Model(str(checkpoint or fixtures.checkpoint(scenario.checkpoint)), scenario.family)
+    """The scenario's model: its own checkpoint, or the user's."""
+    return Model(str(checkpoint), scenario.family) if checkpoint else scenario.model()
 
 
 def prompts_of(scenario: Scenario) -> list[Prompt]:
     """The scenario's rows."""
-    images = tuple(str(fixtures.image(name)) for name in scenario.images)
-    return [Prompt(scenario.prompt, images)] * scenario.batch
+    return scenario.prompts()
 
 
 def shape_of(scenario: Scenario, inputs: Inputs, config: Mapping[str, object]) -> dict[str, int]:

@@ -10,7 +10,9 @@ import numpy.typing as npt
 STEADY_TOLERANCE = 0.05
 NOISE_LIMIT = 0.10
 RESAMPLES = 2000
+TREND = 0.01
 _SEEN = 1.96 + 0.84
+_BEHIND = 10
 
 
 def medians(repetitions: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
@@ -32,23 +34,36 @@ def steady(values: Sequence[float] | npt.NDArray[np.float64], window: int) -> bo
     return abs(after - before) <= STEADY_TOLERANCE * max(before, after)
 
 
-def drifts(values: Sequence[float] | npt.NDArray[np.float64]) -> bool:
-    """True when the second half's median left the first half's by more than both their spreads explain.
+def drift(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """Relative change from the first to the last repetition where there is a trend, 0 where there is none.
 
-    The halves' medians have to differ by more than `STEADY_TOLERANCE` and by more than three times the larger of the
-    halves' median absolute deviations.
+    There is one when Kendall's tau between values and their order is different from 0 at the level `TREND`, and the
+    line through the medians of the two halves rises or falls by more than `STEADY_TOLERANCE` over the whole.
     """
-    if len(values) < 5:
-        return False
-    first, second = np.array_split(np.asarray(values, dtype=np.float64), 2)
-    gap = abs(float(np.median(second)) - float(np.median(first)))
-    spread = max(deviation(first), deviation(second))
-    return gap > STEADY_TOLERANCE * float(np.median(first)) and gap > 3.0 * spread
+    data = np.asarray(values, dtype=np.float64)
+    if len(data) < 5:
+        return 0.0
+    first, second = np.array_split(data, 2)
+    change = 2.0 * float(np.median(second) / np.median(first) - 1.0)
+    if abs(change) <= STEADY_TOLERANCE:
+        return 0.0
+    from scipy.stats import kendalltau  # a second of importing, which most commands and many runs have no use for
+
+    return change if kendalltau(np.arange(len(data)), data).pvalue < TREND else 0.0
 
 
-def deviation(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
-    """Median absolute deviation."""
-    return float(np.median(np.abs(np.asarray(values) - np.median(values))))
+def percentile(values: Sequence[float] | npt.NDArray[np.float64], share: float) -> float | None:
+    """The value that a share of all does not exceed, None where fewer than ten values stand behind what does.
+
+    That is 1,000 values for the 99th percentile, 200 for the 95th.
+
+    Args:
+        values: single values, in any order.
+        share: 0.99 for the 99th percentile.
+    """
+    if len(values) * (1.0 - share) < _BEHIND - 1e-9:
+        return None
+    return float(np.quantile(np.asarray(values, dtype=np.float64), share))
 
 
 def _resampled(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -60,9 +60,46 @@ def test_speedup_is_the_ratio_of_medians_over_one_rank(book, make_measurement):
         ],
     )
     found = lines(book)
-    assert found["prefill", 1].speedup is None
-    assert found["prefill", 2].speedup == pytest.approx(2.0)
-    assert "2.00\N{MULTIPLICATION SIGN}" in book.page().by_id("performance").text
+    assert found["prefill", 1].scaling is None
+    assert found["prefill", 2].scaling.speedup == pytest.approx(2.0)
+    assert found["prefill", 2].scaling.interval is None, "three repetitions say nothing of their spread"
+    for text in (book.page().by_id("performance").text, book.markdown()):
+        assert "2.00\N{MULTIPLICATION SIGN}" in text
+        assert "100 %" in text
+
+
+def test_a_speedup_has_an_interval_and_so_has_its_efficiency(book, make_measurement):
+    alone, four = [0.04, 0.041, 0.039, 0.042, 0.038], [0.02, 0.0205, 0.0195, 0.021, 0.019]
+    rows = [make_measurement("prefill", [[value] for value in values], tp=tp) for tp, values in ((1, alone), (4, four))]
+    book.write(book.header("perf"), rows)
+    found = lines(book)["prefill", 4].scaling
+    low, high = found.interval
+    assert low < found.speedup < high
+    assert found.speedup == pytest.approx(2.0)
+    for text in (book.page().by_id("performance").text, book.markdown()):
+        assert f"2.00\N{MULTIPLICATION SIGN} ({low:.2f} to {high:.2f})" in text
+        assert f"50 % ({25 * low:.0f} to {25 * high:.0f})" in text
+
+
+def test_an_impossible_size_is_shown_with_its_reason_in_a_few_letters(book, make_measurement):
+    refused = {"state": "failed", "reason": "text_config: 6 attention heads do not divide by 4 ranks"}
+    rows = [make_measurement("prefill", [[0.02]] * 5), make_measurement("prefill", [], tp=4, **refused)]
+    book.write(book.header("perf"), rows)
+    overview = book.page().by_id("performance").all("table")[0].rows()
+    assert [row[2] for row in overview if row[1] == "4"] == ["✗ heads % 4"]
+
+
+def test_scenarios_stand_in_the_plans_order_whatever_order_they_were_measured_in(book, make_measurement):
+    rows = [make_measurement("prefill", [[0.01]], scenario=name) for name in ("c", "a", "b")]
+    book.write(book.header("perf", plan={"scenarios": ["a", "b", "c"]}), rows)
+    run = load([book.folder]).newest[0]
+    assert [block.scenario for block in blocks(run)] == ["a", "b", "c"]
+
+
+def test_threads_of_each_rank_are_shown(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("prefill", [[0.01]], checks={"threads": 3})])
+    assert "threads of each rank 3" in book.page().by_id("performance").text
+    assert "threads of each rank 3" in book.markdown()
 
 
 def test_no_speedup_is_claimed_without_a_sound_base(book, make_measurement):
@@ -74,7 +111,7 @@ def test_no_speedup_is_claimed_without_a_sound_base(book, make_measurement):
             make_measurement("vision", [[0.01]], tp=2),
         ],
     )
-    assert all(line.speedup is None for line in lines(book).values())
+    assert all(line.scaling is None for line in lines(book).values())
     assert "\N{MULTIPLICATION SIGN}" not in book.page().by_id("performance").text
 
 
@@ -272,3 +309,33 @@ def test_every_figure_of_an_emulated_run_carries_the_word(book, make_measurement
         assert len(figures) >= 10, "the figures are not found on the page"
         assert all(figures), "a figure stands there without its mark"
     assert "say nothing about a device" in book.markdown()
+
+
+def test_shares_of_the_ceilings_stand_beside_the_phases_that_have_them(book, make_measurement):
+    measured = {
+        "source": "probes of eager",
+        "dtype": "float32",
+        "bandwidth_bytes_per_s": 5e9,
+        "flops_per_s": 4e10,
+        "ranks": 1,
+    }
+    cost = {"cost": {"flops": 1, "mbu": 0.625, "mfu": 0.0125, "ceilings": {"measured": measured}}}
+    book.write(
+        book.header("perf"),
+        [make_measurement("preprocess", [[0.01]] * 5), make_measurement("decode", [[0.01, 0.01]] * 5, checks=cost)],
+    )
+    found = lines(book)
+    assert (found["decode ITL", 1].mbu, found["decode ITL", 1].mfu) == (0.625, 0.0125)
+    assert found["decode TPOT", 1].mbu is None, "the share is of the median step"
+    assert found["preprocess", 1].mbu is None
+    text = book.page().by_id("performance").text
+    assert "62.5 %" in text
+    assert "1.25 %" in text
+    assert "TP 1, measured: 5 GB/s, 0.04 TFLOP/s float32 (probes of eager)" in text
+    assert "| tokens/s | MBU | MFU | state |" in book.markdown()
+
+
+def test_without_a_share_there_is_no_column_for_it(book, make_measurement):
+    book.write(book.header("perf"), [make_measurement("decode", [[0.01]] * 5, checks={"cost": {"flops": 1}})])
+    assert "MBU" not in book.page().by_id("performance").text
+    assert "MBU" not in book.markdown()

@@ -159,14 +159,20 @@ def test_a_page_may_be_about_a_proof_alone(book) -> None:
         (proof(trial(), wrong=[1]), "damaged"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_one_sentence(book, make_verdict, content, says) -> None:
-    path = write(book.folder, content)
+def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path, content, says) -> None:
+    path = write(tmp_path, content)
     with pytest.raises(UsageError, match=re.escape(str(path))) as raised:
         proofs.read(path)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_wrong_with_a_proof_stands_in_the_summary_and_the_run_is_incomplete(book, make_verdict) -> None:
+    path = write(book.folder, proof(trial(), trials=3))
+    with pytest.raises(UsageError) as raised:
+        proofs.read(path)
     book.write(book.header(), [make_verdict("a")])
-    assert says in book.page().by_id("summary").text
+    assert str(raised.value) in book.page().by_id("summary").text
     assert run(book.folder) == 3
 
 

@@ -17,7 +17,7 @@ from vlmqual_reports.subjects import exit_code
 
 
 class _Command:
-    help = "write one HTML page and one Markdown page from results of conformance, perf and proof"
+    help = "write one HTML page and one Markdown page from results of conformance, perf, proof and gate"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
@@ -61,8 +61,12 @@ class _Command:
             print(f"{subject.title}: {subject.judgement.line}")
         for proof in results.proofs:
             print(f"{proof.path}: {'as required' if proof.fine else 'failed'}")
+        for gate in results.gates:
+            print(f"{gate.path}: {gate.line}")
+        for check in results.checks:
+            print(f"{check.path}: {'as required' if check.fine else 'failed'}")
         print(f"{page} {text_page}")
-        if not all(proof.fine for proof in results.proofs):
+        if not all([*(proof.fine for proof in results.proofs), *(gate.fine for gate in results.gates)]):
             return EXIT_FAILED
         return exit_code(content.subjects, results.problems)
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from vlmqual_contract.errors import UsageError
 from vlmqual_contract.records import Measurement, Run, Verdict, read
-from vlmqual_reports import proofs
+from vlmqual_reports import gates, proofs, selfchecks
+from vlmqual_reports.gates import Gate
 from vlmqual_reports.proofs import Proof
+from vlmqual_reports.selfchecks import SelfCheck
 
-_STATES = ("valid", "noisy", "not-steady", "failed")
+_STATES = ("valid", "too-few", "noisy", "not-steady", "throttled", "wrong-bucket", "failed")
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,43 @@ class Results:
         older: runs that a newer one replaces, newest first.
         problems: one sentence for every file that cannot be used.
         proofs: what `vlmqual proof` found, in the order in which they were named.
+        gates: what `vlmqual gate` found, likewise.
+        checks: what `vlmqual perf --self-check` found, likewise.
     """
 
     newest: tuple[Run, ...]
     older: tuple[Run, ...] = ()
     problems: tuple[str, ...] = ()
     proofs: tuple[Proof, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    checks: tuple[SelfCheck, ...] = ()
 
 
 def load(paths: Sequence[Path]) -> Results:
-    """Read results files, and those that lie directly in directories; also a `proof.json` there or in `proof` there.
+    """Read results files, and those that lie directly in directories; also `selfcheck.json` there, and `proof.json` and
+    `gate.json` there or in `proof` and `gate` there.
 
     Raises:
         UsageError: a path does not exist, a directory holds no results file, or no file can be used.
     """
     found: list[Run] = []
     proven: list[Proof] = []
+    gated: list[Gate] = []
+    checks: list[SelfCheck] = []
     problems: list[str] = []
     for path in _files(paths):
         try:
-            if path.suffix == ".json":
+            if path.name == gates.NAME:
+                gated.append(gates.read(path))
+            elif path.name == selfchecks.NAME:
+                checks.append(selfchecks.read(path))
+            elif path.suffix == ".json":
                 proven.append(proofs.read(path))
             else:
                 found.append(_checked(read(path)))
         except UsageError as error:
             problems.append(str(error))
-    if not found and not proven:
+    if not (found or proven or gated or checks):
         raise UsageError("; ".join(problems) or "no results file was named; name at least one directory of results")
     newest: dict[tuple[str, ...], Run] = {}
     older: list[Run] = []
@@ -65,7 +78,7 @@ def load(paths: Sequence[Path]) -> Results:
     order = sorted(
         newest.values(), key=lambda run: (run.header.kind, is_library(run), run.header.subject, str(run.path))
     )
-    return Results(tuple(order), tuple(older), tuple(problems), tuple(proven))
+    return Results(tuple(order), tuple(older), tuple(problems), tuple(proven), tuple(gated), tuple(checks))
 
 
 _SCOPE = ("families", "levels", "select", "scenarios", "phases", "tp", "checkpoint", "rehearsal")
@@ -106,10 +119,12 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            proof = [path / proofs.NAME, path / "proof" / proofs.NAME]
-            inside = [*sorted(path.glob("*.jsonl")), *filter(Path.is_file, proof)]
+            whole = [path / proofs.NAME, path / "proof" / proofs.NAME, path / gates.NAME, path / "gate" / gates.NAME]
+            inside = [*sorted(path.glob("*.jsonl")), *filter(Path.is_file, [*whole, path / selfchecks.NAME])]
             if not inside:
-                raise UsageError(f"results directory {path} holds no results file (*.jsonl, {proofs.NAME})")
+                raise UsageError(
+                    f"results directory {path} holds no results file (*.jsonl, {proofs.NAME}, {gates.NAME})"
+                )
         elif path.exists():
             inside = [path]
         else:

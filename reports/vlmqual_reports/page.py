@@ -18,8 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from vlmqual_contract.records import Run, Verdict
+from vlmqual_contract.scaling import Scaling
 from vlmqual_reports import plots
 from vlmqual_reports.conformance import Conformance, counts, observed, precisions, summarize, tightest
+from vlmqual_reports.gates import Gate
 from vlmqual_reports.load import Results, why_incomplete
 from vlmqual_reports.performance import FEW, Block, Brief, blocks, briefs, phases, prefill_by_image_tokens, states
 from vlmqual_reports.proofs import Proof
@@ -42,8 +44,11 @@ STATUS = {
     "not-run": ("○", "not run"),
     "elsewhere": ("·", "not of this subject"),
     "valid": ("✓", "valid"),
+    "too-few": ("·", "too few values"),
     "noisy": ("≈", "noisy"),
     "not-steady": ("▲", "not steady"),
+    "throttled": ("▼", "throttled"),
+    "wrong-bucket": ("■", "wrong bucket"),
     "failed": ("✗", "failed"),
 }
 STATES = {
@@ -139,7 +144,7 @@ def view(results: Results, statements: Statements, now: datetime) -> View:
         written=now.strftime("%Y-%m-%d %H:%M %Z").strip(),
         results=results,
         problems=(*results.problems, *statements.problems),
-        headline="; ".join(filter(None, [headline(found), *map(_proven, results.proofs)])),
+        headline="; ".join(filter(None, [headline(found), *_told(results)])),
         subjects=tuple(found),
         runs=(*columns, *rows),
         older=older,
@@ -151,6 +156,16 @@ def view(results: Results, statements: Statements, now: datetime) -> View:
         differences=tuple(_differences([machine for machine, _ in machines.values()])),
         statements=statements,
     )
+
+
+def _told(results: Results) -> list[str]:
+    """One clause for each proof, gate and self-check of the harness."""
+    checked = [f"self-check of the harness: {'as required' if one.fine else 'failed'}" for one in results.checks]
+    return [*map(_proven, results.proofs), *map(_gated, results.gates), *checked]
+
+
+def _gated(gate: Gate) -> str:
+    return f"gate of {gate.candidate}: {gate.line}"
 
 
 def _proven(proof: Proof) -> str:
@@ -190,7 +205,7 @@ def number(value: float | None, digits: int = 3, mark: str = "") -> str:
     """A number with so many significant digits and what follows it, a dash for None."""
     if value is None:
         return DASH
-    return (f"{value:.{digits}g}" if abs(value) < 10 ** (digits + 1) else f"{value:,.0f}") + mark
+    return (f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}") + mark
 
 
 def share(part: int, whole: int) -> str:
@@ -224,8 +239,33 @@ def _environment(*, finalize: bool) -> Environment:
         lstrip_blocks=True,
         finalize=plain if finalize else None,
     )
-    made.filters |= {"share": share, "ms": ms, "number": number, "fact": fact, "label": _label}
+    made.filters |= {
+        "speedup": speedup,
+        "efficiency": efficiency,
+        "share": share,
+        "ms": ms,
+        "number": number,
+        "fact": fact,
+        "label": _label,
+    }
     return made
+
+
+def speedup(found: Scaling | None, mark: str = "") -> str:
+    """A speed-up with its interval, as "1.82x (1.75 to 1.90)"."""
+    if found is None:
+        return DASH
+    between = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
+    return f"{found.speedup:.2f}\N{MULTIPLICATION SIGN}{between}{mark}"
+
+
+def efficiency(found: Scaling | None, mark: str = "") -> str:
+    """An efficiency with its interval, for example "91 % (88 to 95)"."""
+    if found is None:
+        return DASH
+    interval = found.efficiency_interval
+    between = "" if interval is None else f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    return f"{100 * found.efficiency:.0f} %{between}{mark}"
 
 
 def _label(name: str) -> str:

@@ -7,14 +7,20 @@ repetitions; for decode they are given twice, over all single steps (ITL) and ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from statistics import median as median_step
+from typing import Any
 
 import pandas as pd
 
 from vlmqual_contract.records import Measurement, Run
+from vlmqual_contract.scaling import Scaling, scaling, short
 
 PHASES = ("load", "compile", "first-call", "preprocess", "vision", "prefill", "ttft", "decode")
+ONCE = ("load", "compile", "first-call")  # one value each, which says nothing of how a size scales
+STATES = ("failed", "wrong-bucket", "throttled", "not-steady", "noisy", "too-few", "valid")  # worst first
 FEW = 20  # below this a 95th percentile is little more than the largest value
 
 _NAMES = {
@@ -43,12 +49,14 @@ class Line:
         p95_ms: 95th percentile.
         count: how many values the statistics are over.
         repetitions: how many repetitions were counted.
-        speedup: median at TP=1 divided by this median; None at TP=1, without a TP=1 cell, or when either failed.
+        scaling: the phase against TP=1; None at TP=1, without a TP=1 cell, when either failed, and for single values.
         tokens_per_s: batch divided by the median time per output token; TPOT only.
         state: the measurement's verdict on itself.
         reason: one sentence for anything but valid.
         bucket: fixed shapes that the request went into, "" where shapes are free.
         padding: share of what was computed there that nobody asked for.
+        mbu: share of the memory's bandwidth that weights, keys and values took, None where it is not known.
+        mfu: share of the peak of matrix products.
     """
 
     phase: str
@@ -59,12 +67,19 @@ class Line:
     p95_ms: float | None
     count: int
     repetitions: int
-    speedup: float | None
+    scaling: Scaling | None
     tokens_per_s: float | None
     state: str
     reason: str
     bucket: str = ""
     padding: float | None = None
+    mbu: float | None = None
+    mfu: float | None = None
+
+    @property
+    def why(self) -> str:
+        """The reason in a few letters, "" unless it failed."""
+        return short(self.reason) if self.state == "failed" else ""
 
 
 @dataclass(frozen=True)
@@ -104,9 +119,25 @@ class Block:
         return tuple(dict.fromkeys(cell.phase for cell in self.cells))
 
     @property
+    def threads(self) -> str:
+        """Compute threads of each rank, "" where no cell says."""
+        found = {str(cell.checks["threads"]) for cell in self.cells if "threads" in cell.checks}
+        return ", ".join(sorted(found))
+
+    @property
     def fixed(self) -> bool:
         """True when a request went into fixed shapes."""
         return any(line.bucket for line in self.lines)
+
+    @property
+    def costed(self) -> bool:
+        """True when a share of the device's ceilings is known."""
+        return any(line.mbu is not None or line.mfu is not None for line in self.lines)
+
+    @property
+    def ceilings(self) -> tuple[str, ...]:
+        """What the shares are of, in words."""
+        return tuple(dict.fromkeys(text for cell in self.cells for text in _ceilings(cell)))
 
     @property
     def tables(self) -> tuple[tuple[str, tuple[Line, ...]], ...]:
@@ -159,14 +190,17 @@ def frame(measurements: Iterable[Measurement]) -> pd.DataFrame:
 
 
 def blocks(run: Run) -> list[Block]:
-    """The scenarios of a performance run, in the order of the file."""
+    """The scenarios of a performance run, in the order of its plan, whatever order they were measured in."""
     grouped: dict[tuple[str, str, int, str], list[Measurement]] = {}
     for cell in run.measurements:
         grouped.setdefault((cell.scenario, cell.family, cell.batch, cell.dtype), []).append(cell)
-    return [
+    found = [
         Block(scenario, family, batch, dtype, _shape(cells), tuple(_lines(cells)), tuple(sorted(cells, key=_order)))
         for (scenario, family, batch, dtype), cells in grouped.items()
     ]
+    planned = run.header.plan.get("scenarios")
+    places = {name: place for place, name in enumerate(planned if isinstance(planned, list) else ())}
+    return sorted(found, key=lambda block: places.get(block.scenario, len(places)))
 
 
 def states(run: Run) -> dict[str, int]:
@@ -190,7 +224,7 @@ def prefill_by_image_tokens(found: Sequence[Block]) -> dict[str, Series]:
 
 
 def _states(cells: Iterable[Measurement]) -> dict[str, int]:
-    found = dict.fromkeys(("failed", "not-steady", "noisy", "valid"), 0)
+    found = dict.fromkeys(STATES, 0)
     for cell in cells:
         found[cell.state] += 1
     return {state: number for state, number in found.items() if number}
@@ -245,12 +279,14 @@ def _line(
         p95_ms=None if seconds is None else _ms(float(seconds.quantile(0.95))),
         count=0 if seconds is None else len(seconds),
         repetitions=len(cell.values_s),
-        speedup=_speedup(cell, median, same, series),
+        scaling=_scaling(cell, same, fmean if rate else median_step),
         tokens_per_s=cell.batch / median if rate and median and cell.state != "failed" else None,
         state=cell.state,
         reason=cell.reason,
         bucket=str(cell.checks.get("bucket", "")),
         padding=_padding(cell),
+        mbu=None if rate else _share(cell, "mbu"),
+        mfu=None if rate else _share(cell, "mfu"),
     )
 
 
@@ -261,14 +297,39 @@ def _padding(cell: Measurement) -> float | None:
     return 1 - asked / computed
 
 
-def _speedup(
-    cell: Measurement, median: float | None, same: Sequence[Measurement], series: Mapping[str, pd.Series[float]]
-) -> float | None:
+def _share(cell: Measurement, name: str) -> float | None:
+    found = _card(cell).get(name)
+    return float(found) if isinstance(found, int | float) and cell.state != "failed" else None
+
+
+def _ceilings(cell: Measurement) -> list[str]:
+    """The ceilings of a cost card, measured ones first, as the harness wrote them."""
+    found = _card(cell).get("ceilings")
+    lines = []
+    for kind, one in found.items() if isinstance(found, Mapping) else ():
+        figures = [
+            f"{one[name] / scale:.3g} {unit}"
+            for name, scale, unit in (
+                ("bandwidth_bytes_per_s", 1e9, "GB/s"),
+                ("flops_per_s", 1e12, f"TFLOP/s {one.get('dtype', '')}"),
+            )
+            if isinstance(one.get(name), int | float)
+        ]
+        if figures:
+            lines.append(f"TP {cell.tp}, {kind}: {', '.join(figures)} ({one.get('source')})")
+    return lines
+
+
+def _card(cell: Measurement) -> Mapping[str, Any]:
+    found = cell.checks.get("cost")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _scaling(cell: Measurement, same: Sequence[Measurement], of: Callable[[Sequence[float]], float]) -> Scaling | None:
     base = [other for other in same if other.tp == 1]
-    if cell.tp == 1 or len(base) != 1 or "failed" in (cell.state, base[0].state) or not median:
+    if cell.tp == 1 or cell.phase in ONCE or len(base) != 1:
         return None
-    seconds = series.get(base[0].case)
-    return None if seconds is None else float(seconds.median()) / median
+    return scaling(base[0], cell, of)
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -287,6 +287,13 @@ def test_a_model_comes_back_from_its_files(idefics: IdeficsModels, name: str, tm
     np.testing.assert_array_equal(result(loaded)[REAL], result(model)[REAL])
 
 
+@requirement("IDEFICS-MODEL-023")
+def test_the_base_model_comes_from_the_files_of_the_generating_one(idefics: IdeficsModels, tmp_path: Path) -> None:
+    idefics.model.call("save_pretrained", str(tmp_path))
+    loaded = idefics.call(f"{BASE}.from_pretrained", str(tmp_path))
+    np.testing.assert_array_equal(result(loaded)[REAL], result(idefics.base)[REAL])
+
+
 @requirement("IDEFICS-MODEL-024")
 @pytest.mark.parametrize("rows", [100, 60])
 def test_the_main_table_can_be_resized(idefics: IdeficsModels, rows: int) -> None:

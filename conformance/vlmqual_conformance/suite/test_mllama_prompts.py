@@ -142,6 +142,18 @@ def test_a_batch_with_different_numbers_of_images_is_padded(processor: Handle) -
     assert PAD in rows[1], "the shorter row is padded"
 
 
+@requirement("MLLAMA-PROC-017")
+def test_the_mask_of_rows_that_are_not_padded_reaches_to_the_end_of_the_longest(processor: Handle) -> None:
+    texts = [f"{I}a longer text than the other one", f"{I}b"]
+    found = processor.call("", images=[pictures(WIDE), pictures(WIDE)], text=texts, padding=False)
+    assert isinstance(found, Handle)
+    lengths = [len(row) for row in found.get("input_ids")]
+    assert lengths[0] > lengths[1], "the rows were to differ in length"
+    mask = np.asarray(array(found, "cross_attention_mask"))
+    assert mask.shape == (2, max(lengths), 1, 4)
+    assert mask[0, lengths[0] - 1, 0].tolist() == [1, 1, 0, 0]
+
+
 @requirement("MLLAMA-PROC-020")
 def test_samples_without_images_stand_beside_samples_with_images(processor: Handle) -> None:
     found = made(processor, [f"{I}a", "no image at all"], [pictures(WIDE), []], padding=True)

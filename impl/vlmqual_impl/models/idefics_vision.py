@@ -28,7 +28,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.image_size, self.patch_size = config.image_size, config.patch_size
         width = config.embed_dim
-        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.class_embedding = nn.Parameter(torch.empty(width).normal_())
         self.patch_embedding = nn.Conv2d(
             config.num_channels, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False
         )
@@ -216,7 +216,7 @@ class Resampler(nn.Module):
 
     def __init__(self, config: IdeficsPerceiverConfig, width: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.resampler_n_latents, width))
+        self.latents = nn.Parameter(torch.empty(config.resampler_n_latents, width).normal_())
         self.blocks = nn.ModuleList(
             nn.ModuleList((ResamplerAttention(config, width), ResamplerMLP(width)))
             for _ in range(config.resampler_depth)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,19 @@ class Program(Protocol):
 
     def __call__(self, inputs: Sequence[Tensor], states: States = None) -> tuple[list[Tensor], States]:
         """Run it: tensors in the order of `Entry.inputs`, to those of `Entry.outputs` and the changed states."""
+        ...
+
+
+class Forms(Protocol):
+    """Where compiled forms are kept; see `vlmqual_impl.artifacts.Shelf`."""
+
+    @property
+    def made_s(self) -> Mapping[str, float]:
+        """Seconds that it took to make a form, by the entry's name."""
+        ...
+
+    def place(self, entry: Entry, engine: str, make: Callable[[Path], None]) -> Path:
+        """See `Shelf.place`."""
         ...
 
 

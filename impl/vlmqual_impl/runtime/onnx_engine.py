@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmqual_impl.artifacts import Shelf
 from vlmqual_impl.entries import Entry
-from vlmqual_impl.runtime.engines import States, exported, quiet
+from vlmqual_impl.runtime.engines import Forms, States, exported, quiet
 
 FILE = "model.onnx"
 _ENDING = "ExecutionProvider"
@@ -27,7 +26,7 @@ class OnnxEngine:
         provider: the execution provider.
     """
 
-    def __init__(self, shelf: Shelf, device: str = "CPU", threads: int = 0) -> None:
+    def __init__(self, shelf: Forms, device: str = "CPU", threads: int = 0) -> None:
         """Import ONNX Runtime.
 
         Args:

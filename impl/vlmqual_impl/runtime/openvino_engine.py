@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmqual_impl.artifacts import Shelf
 from vlmqual_impl.entries import Entry
-from vlmqual_impl.runtime.engines import States, exported, quiet
+from vlmqual_impl.runtime.engines import Forms, States, exported, quiet
 
 FILE = "model.xml"
 #: What OpenVINO is told to compute in; without it a CPU with bfloat16 units computes float32 models in bfloat16.
@@ -28,7 +27,7 @@ class OpenVinoEngine:
         device: for example "CPU" or "NPU".
     """
 
-    def __init__(self, shelf: Shelf, device: str = "CPU", threads: int = 0) -> None:
+    def __init__(self, shelf: Forms, device: str = "CPU", threads: int = 0) -> None:
         """Import OpenVINO.
 
         Args:

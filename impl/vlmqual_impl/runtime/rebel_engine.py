@@ -13,33 +13,20 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmqual_impl.entries import Entry
-from vlmqual_impl.runtime.engines import States, quiet
+from vlmqual_impl.runtime.engines import Forms, States, quiet
 
 SUFFIX = ".rbln"
 #: Devices that a program may be divided over.
 GROUPS = (1, 2, 4, 8, 16, 32)
-
-
-class Forms(Protocol):
-    """Where compiled forms are kept; see `vlmqual_impl.artifacts.Shelf`."""
-
-    @property
-    def made_s(self) -> Mapping[str, float]:
-        """Seconds that it took to make a form, by the entry's name."""
-        ...
-
-    def place(self, entry: Entry, engine: str, make: Callable[[Path], None]) -> Path:
-        """See `Shelf.place`."""
-        ...
 
 
 class RebelEngine:
