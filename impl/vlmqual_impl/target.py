@@ -18,6 +18,7 @@ from vlmqual_impl.target_session import EagerSession
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]  # documented, and not in its __all__
 
     from vlmqual_impl.configs import PretrainedConfig
     from vlmqual_impl.families import Family
@@ -48,6 +49,8 @@ class EagerTarget:
         """
         import torch
 
+        self._store: tuple[Store, int, int] | None = None
+        self._meetings = 0
         one_of("dtype", dtype, DTYPES)
         one_of("attention", attention, ATTENTION)
         self._device = checked_device(device)
@@ -143,14 +146,29 @@ class EagerTarget:
         import torch.distributed as dist
 
         if self._device.type != "cuda":
-            dist.init_process_group("gloo", init_method="env://")
+            dist.init_process_group("gloo", **self._meeting())
             return self._device
         index = int(os.environ.get("LOCAL_RANK", rank))
         if index >= torch.cuda.device_count():
             raise UsageError(f"rank {rank} wants cuda:{index}; there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(index)
-        dist.init_process_group("nccl", init_method="env://")
+        dist.init_process_group("nccl", **self._meeting())
         return torch.device("cuda", index)
+
+    def _meeting(self) -> dict[str, Any]:
+        """Where and as whom to meet: one store for as long as the process lives, and in it a place for each meeting.
+
+        Ranks do not leave at the same moment; with a common place one that comes back early would read there where the
+        others were the time before, and find nobody.
+        """
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # likewise
+        from torch.distributed.rendezvous import rendezvous
+
+        if self._store is None:
+            self._store = next(rendezvous("env://"))
+        store, rank, ranks = self._store
+        self._meetings += 1
+        return {"store": PrefixStore(f"meeting-{self._meetings}", store), "rank": rank, "world_size": ranks}
 
     def probe(self, name: str, shape: tuple[int, ...], dtype: str) -> float:
         """Seconds of one pass of a ceiling probe, the best of several.
