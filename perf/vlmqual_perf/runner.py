@@ -160,6 +160,7 @@ class Runner:
                 python=settings.python,
                 threads=settings.threads,
                 limits=settings.limits,
+                nodes=settings.nodes,
             ) as target:
                 return of_target(target)
         except Failures:

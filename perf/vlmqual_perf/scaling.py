@@ -31,6 +31,9 @@ def table(rows: Sequence[Measurement], console: Console) -> None:
     grid.add_column("TP", justify="right")
     grid.add_column("speed-up")
     grid.add_column("efficiency")
+    collected = any("collectives" in row.checks for row in rows)
+    if collected:
+        grid.add_column("in collectives")
     repeated = [row for row in rows if row.phase not in ONCE]
     for scenario in dict.fromkeys(row.scenario for row in repeated):
         found = {(row.phase, row.tp): row for row in repeated if row.scenario == scenario}
@@ -42,10 +45,20 @@ def table(rows: Sequence[Measurement], console: Console) -> None:
         whole = {size for size in sizes if _refused([found.get((phase, size)) for phase in phases])}
         for phase in phases:
             for size in (size for size in sizes if size not in whole):
-                grid.add_row(scenario, phase, str(size), *pairs[phase, size])
+                spent = [_collectives(found.get((phase, size)))] if collected else []
+                grid.add_row(scenario, phase, str(size), *pairs[phase, size], *spent)
         for size in sorted(whole):
             grid.add_row(scenario, "each", str(size), *pairs[phases[0], size])
     console.print(grid)
+
+
+def _collectives(row: Measurement | None) -> str:
+    """Share of a call that the fastest and the slowest rank spend in collective operations."""
+    found = row.checks.get("collectives") if row is not None else None
+    if not found:
+        return ""
+    shares = [100 * found[name] / found["call_s"] for name in ("fastest_s", "slowest_s")]
+    return f"{shares[0]:.0f} to {shares[1]:.0f} %"
 
 
 def _refused(rows: Sequence[Measurement | None]) -> bool:

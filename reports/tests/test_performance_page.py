@@ -339,3 +339,18 @@ def test_without_a_share_there_is_no_column_for_it(book, make_measurement):
     book.write(book.header("perf"), [make_measurement("decode", [[0.01]] * 5, checks={"cost": {"flops": 1}})])
     assert "MBU" not in book.page().by_id("performance").text
     assert "MBU" not in book.markdown()
+
+
+def test_a_99th_percentile_takes_a_thousand_values_and_collectives_are_shares_of_a_call(book, make_measurement):
+    spent = {"collectives": {"calls": 3, "call_s": 0.010, "fastest_s": 0.002, "slowest_s": 0.005}}
+    few = make_measurement("decode", [[0.01] * 111] * 9)
+    many = make_measurement("decode", [[0.01] * 95 + [0.05] * 5] * 10, tp=2, checks=spent)
+    book.write(book.header("perf"), [few, many])
+    found = lines(book)
+    assert found["decode ITL", 1].p99_ms is None, "999 values are too few"
+    assert found["decode ITL", 1].collectives is None
+    assert found["decode ITL", 2].p99_ms == pytest.approx(50.0)
+    assert found["decode ITL", 2].collectives == pytest.approx((0.2, 0.5))
+    page = book.page().by_id("performance").text
+    assert "20 to 50 %" in page
+    assert "p99" in page

@@ -22,6 +22,7 @@ PHASES = ("load", "compile", "first-call", "preprocess", "vision", "prefill", "t
 ONCE = ("load", "compile", "first-call")  # one value each, which says nothing of how a size scales
 STATES = ("failed", "wrong-bucket", "throttled", "not-steady", "noisy", "too-few", "valid")  # worst first
 FEW = 20  # below this a 95th percentile is little more than the largest value
+MANY = 1000  # from here on a 99th percentile has ten values behind it
 
 _NAMES = {
     "load": "load checkpoint",
@@ -47,6 +48,8 @@ class Line:
         median_ms: median, None without values.
         min_ms: smallest value.
         p95_ms: 95th percentile.
+        p99_ms: 99th percentile, None of fewer than 1,000 values.
+        collectives: share of a call that the fastest and the slowest rank spend in collective operations.
         count: how many values the statistics are over.
         repetitions: how many repetitions were counted.
         scaling: the phase against TP=1; None at TP=1, without a TP=1 cell, when either failed, and for single values.
@@ -65,6 +68,8 @@ class Line:
     median_ms: float | None
     min_ms: float | None
     p95_ms: float | None
+    p99_ms: float | None
+    collectives: tuple[float, float] | None
     count: int
     repetitions: int
     scaling: Scaling | None
@@ -128,6 +133,16 @@ class Block:
     def fixed(self) -> bool:
         """True when a request went into fixed shapes."""
         return any(line.bucket for line in self.lines)
+
+    @property
+    def long(self) -> bool:
+        """True when a phase has values enough for a 99th percentile."""
+        return any(line.p99_ms is not None for line in self.lines)
+
+    @property
+    def collected(self) -> bool:
+        """True when the time in collective operations was watched."""
+        return any(line.collectives is not None for line in self.lines)
 
     @property
     def costed(self) -> bool:
@@ -277,6 +292,8 @@ def _line(
         median_ms=_ms(median),
         min_ms=None if seconds is None else _ms(float(seconds.min())),
         p95_ms=None if seconds is None else _ms(float(seconds.quantile(0.95))),
+        p99_ms=None if seconds is None or len(seconds) < MANY else _ms(float(seconds.quantile(0.99))),
+        collectives=None if rate else _collectives(cell),
         count=0 if seconds is None else len(seconds),
         repetitions=len(cell.values_s),
         scaling=_scaling(cell, same, fmean if rate else median_step),
@@ -295,6 +312,17 @@ def _padding(cell: Measurement) -> float | None:
     if not isinstance(asked, int) or not isinstance(computed, int) or computed < 1:
         return None
     return 1 - asked / computed
+
+
+def _collectives(cell: Measurement) -> tuple[float, float] | None:
+    found = cell.checks.get("collectives")
+    if not isinstance(found, Mapping):
+        return None
+    bounds = [found.get(name) for name in ("fastest_s", "slowest_s", "call_s")]
+    if not all(isinstance(value, (int, float)) for value in bounds) or not bounds[2]:
+        return None
+    fastest, slowest, call = map(float, bounds)  # type: ignore[arg-type]  # numbers, just looked at
+    return fastest / call, slowest / call
 
 
 def _share(cell: Measurement, name: str) -> float | None:
