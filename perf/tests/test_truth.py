@@ -45,7 +45,7 @@ def taken(clock):
 def test_a_call_that_waits_takes_its_time_before_it_returns(moment):
     clock = Clock(Pace(SECONDS), 0, 1, queued=False)
     before = moment.now
-    clock.book("prefill")
+    clock.book("prefill", clock.now())
     clock.leave()
     assert moment.now - before == pytest.approx(0.004, abs=1e-5)
     assert taken(clock) == [("prefill", 0.004)]
@@ -55,7 +55,7 @@ def test_queued_work_follows_the_work_before_it_and_is_done_when_waited_for(mome
     clock = Clock(Pace(SECONDS), 0, 1, queued=True)
     before = moment.now
     for phase in ("vision", "prefill"):
-        clock.book(phase)
+        clock.book(phase, clock.now())
         clock.leave()
     assert moment.now - before < 1e-5, "queued calls return at once"
     clock.wait()
@@ -64,13 +64,24 @@ def test_queued_work_follows_the_work_before_it_and_is_done_when_waited_for(mome
     assert clock.log[1].began_s == pytest.approx(clock.log[0].ended_s, abs=1e-5)
 
 
+def test_a_call_that_waits_ends_when_the_host_first_asks_after_it(moment):
+    clock = Clock(Pace(SECONDS), 0, 1, queued=False)
+    clock.book("decode", clock.now())
+    clock.leave()
+    moment.now += 0.5
+    clock.wait()
+    moment.now += 0.25
+    clock.wait()
+    assert taken(clock) == [("decode", 0.501)]
+
+
 def test_one_rank_another_at_every_call_is_the_straggler(moment):
     pace = Pace(SECONDS, straggler=2.0, seed=3)
     clocks = [Clock(pace, rank, 4, queued=False) for rank in range(4)]
     slow = []
     for _ in range(40):
         for clock in clocks:
-            clock.book("decode")
+            clock.book("decode", clock.now())
             clock.wait()
         took = [clock.log[-1].seconds for clock in clocks]
         assert sorted(round(value, 5) for value in took) == [0.001, 0.001, 0.001, 0.002]
@@ -84,7 +95,7 @@ def test_misses_take_twice_as_long_and_cold_starts_their_time_on_all_ranks_alike
     for rank in range(2):
         clock = Clock(pace, rank, 2, queued=False)
         for _ in range(50):
-            clock.book("decode")
+            clock.book("decode", clock.now())
             clock.wait()
         logs.append(clock.log)
     usual = {"": (0.001,), "miss": (0.002,), "cold": (0.051, 0.052)}
@@ -98,7 +109,7 @@ def test_misses_take_twice_as_long_and_cold_starts_their_time_on_all_ranks_alike
 def test_throttling_is_reached_after_two_seconds_of_work(moment):
     clock = Clock(Pace({"decode": 0.5}, throttle=0.2), 0, 1, queued=False)
     for _ in range(8):
-        clock.book("decode")
+        clock.book("decode", clock.now())
         clock.wait()
     took = [entry.seconds for entry in clock.log]
     assert took[0] == pytest.approx(0.5, abs=1e-4)

@@ -109,7 +109,7 @@ class TruthSession:
 
     def preprocess(self, prompts: Sequence[Prompt]) -> Inputs:
         """Tensors of the documented names with little in them."""
-        self._clock.book("preprocess")
+        self._clock.book("preprocess", self._clock.now())
         inputs = self._tensors(prompts)
         self._clock.wait()
         return inputs
@@ -134,22 +134,25 @@ class TruthSession:
 
     def vision(self, inputs: Inputs) -> TruthFeatures:
         """Takes its time."""
-        self._call("vision", len(inputs["pixel_values"]))
+        now = self._clock.now()
+        self._call("vision", now, len(inputs["pixel_values"]))
         features = TruthFeatures()
         self._clock.leave()
         return features
 
     def prefill(self, inputs: Inputs, features: Any = None) -> TruthStep:
         """Takes its time."""
+        now = self._clock.now()
         ids = np.asarray(inputs["input_ids"])
-        self._call("prefill", ids.size)
+        self._call("prefill", now, ids.size)
         step = TruthStep(self, ids.sum(axis=1))
         self._clock.leave()
         return step
 
     def decode(self, step: TruthStep, tokens: IntArray | None = None) -> TruthStep:
         """Takes its time; the next number follows from the last and the token."""
-        self._call("decode", len(step.state))
+        now = self._clock.now()
+        self._call("decode", now, len(step.state))
         chosen = step.state % VOCABULARY if tokens is None else np.asarray(tokens)
         following = TruthStep(self, step.state + chosen + 1)
         self._clock.leave()
@@ -167,8 +170,8 @@ class TruthSession:
         """Nothing: its ranks do not meet."""
         return 0.0
 
-    def _call(self, phase: str, asked: int) -> None:
-        self._clock.book(phase)
+    def _call(self, phase: str, now: float, asked: int) -> None:
+        self._clock.book(phase, now)
 
 
 class FixedSession(TruthSession):
@@ -182,8 +185,8 @@ class FixedSession(TruthSession):
         """Buckets of the latest calls."""
         return Costs(dict(self._calls), {"all": Program(0.0, 0.0)})
 
-    def _call(self, phase: str, asked: int) -> None:
-        computed = asked * (2 if self._clock.book(phase) == "miss" else 1)
+    def _call(self, phase: str, now: float, asked: int) -> None:
+        computed = asked * (2 if self._clock.book(phase, now) == "miss" else 1)
         self._calls[phase] = Call(f"b{computed}", asked, computed, ("all",))
 
 

@@ -83,7 +83,9 @@ class Clock:
     """
 
     def __init__(self, pace: Pace, rank: int, ranks: int, *, queued: bool) -> None:
-        self._done: list[tuple[str, float, float, str, float]] = []
+        self._done: list[tuple[str, float, str]] = []
+        self._ended: list[float] = []
+        self._told = True
         self._pace = pace
         self._rank = rank
         self._ranks = ranks
@@ -95,9 +97,18 @@ class Clock:
         self._own = np.random.Generator(np.random.PCG64([pace.seed, 1 + rank]))
         self._shared = np.random.Generator(np.random.PCG64([pace.seed, 0]))  # the same draws on every rank
 
-    def book(self, phase: str) -> str:
-        """Ask for one call's work, which begins now; how it is disturbed."""
-        began = max(time.perf_counter(), self._ready_s)  # first of all: drawing numbers is part of what is taken
+    def now(self) -> float:
+        """This moment, in seconds."""
+        return time.perf_counter()
+
+    def book(self, phase: str, now: float) -> str:
+        """Ask for one call's work; how it is disturbed.
+
+        Args:
+            phase: of the call.
+            now: when the call began; drawing numbers is part of what it takes.
+        """
+        began = max(now, self._ready_s)
         seconds, disturbed = self._takes(phase)
         self._ready_s = began + seconds
         self._waiting.append((phase, began, self._ready_s, disturbed))
@@ -109,27 +120,37 @@ class Clock:
             self.wait()
 
     def wait(self) -> None:
-        """Return when all work is done."""
-        for work in self._waiting:
-            self._done.append((*work, _until(work[2])))
+        """Return when all work is done.
+
+        Work ends when the host learns of it: for a call that waited by itself, at the wait that follows it.
+        """
         if self._waiting:
-            self._waiting = []
+            waiting, self._waiting, self._told = self._waiting, [], self._queued
+            for phase, began, ready, disturbed in waiting:
+                _until(ready)
+                self._done.append((phase, began, disturbed))
+                self._ended.append(time.perf_counter())
+        elif not self._told:
+            self._told = True
+            self._ended[-1] = time.perf_counter()
 
     def pause(self, phase: str, seconds: float) -> None:
         """Take this long now."""
         began = time.perf_counter()
-        self._done.append((phase, began, began + seconds, "", _until(began + seconds)))
+        _until(began + seconds)
+        self._done.append((phase, began, ""))
+        self._ended.append(time.perf_counter())
 
     @property
     def log(self) -> list[Entry]:
         """What was done so far, in order."""
-        return [Entry(phase, self._rank, began, ended, how) for phase, began, _, how, ended in self._done]
+        done = zip(self._done, self._ended, strict=True)
+        return [Entry(phase, self._rank, began, ended, disturbed) for (phase, began, disturbed), ended in done]
 
     @property
     def latest_s(self) -> float:
         """What the latest piece of work really took."""
-        _, began, _, _, ended = self._done[-1]
-        return ended - began
+        return self._ended[-1] - self._done[-1][1]
 
     def _takes(self, phase: str) -> tuple[float, str]:
         pace = self._pace
@@ -148,14 +169,12 @@ class Clock:
         return seconds, disturbed
 
 
-def _until(moment_s: float) -> float:
-    """Wait; the moment at which it was over."""
+def _until(moment_s: float) -> None:
     left = moment_s - time.perf_counter()
     if left > _SPIN_S:
         time.sleep(left - _SPIN_S)
-    while (now := time.perf_counter()) < moment_s:
+    while time.perf_counter() < moment_s:
         pass
-    return now
 
 
 def write(folder: Path, log: list[Entry]) -> None:
