@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -46,7 +47,8 @@ _SCENARIO = Scenario(
     prompt="User:<image>What is this?<end_of_utterance>\nAssistant:",
     new_tokens=_STEPS,
 )
-_NOISE = "jitter=0.02"
+#: Steps of 2 ms: interrupts of the host, of some ten microseconds, are half a percent of that.
+_NOISE = "jitter=0.02,step_ms=2"
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def check(runs: int, say: Callable[[str], None]) -> Checked:
     """Measure the harness.
 
     Args:
-        runs: short runs with disturbances; a fifth as many without.
+        runs: short runs with disturbances among what is counted; a fifth as many without.
         say: is told what is done next.
     """
     compared: list[Compared] = []
@@ -161,10 +163,14 @@ def check(runs: int, say: Callable[[str], None]) -> Checked:
         say(f"{known.name}, TP={known.tp}")
         compared += compare(known)
     say(f"{runs} runs with cold starts and bucket misses")
-    disturbed = [_run(f"{DISTURBED[seed % len(DISTURBED)]},seed={seed}") for seed in range(runs)]
+    hit: list[Measurement] = []
+    for seed in count():
+        row, entries = _run(f"{DISTURBED[seed % len(DISTURBED)]},seed={seed}")
+        hit += [row] if any(entry.disturbed for entry in entries) else []  # some are left alone by chance
+        if len(hit) == runs:
+            break
     say(f"{max(1, runs // 5)} runs without")
     clean = [_run(f"{_NOISE},seed={seed}") for seed in range(max(1, runs // 5))]
-    hit = [row for row, entries in disturbed if any(entry.disturbed for entry in entries)]
     accepted = Accepted(
         len(hit), sum(row.state == "valid" for row in hit), len(clean), sum(row.state == "valid" for row, _ in clean)
     )
