@@ -23,7 +23,7 @@ from vlmqual_perf import outline, scaling, selfreport, timetable
 from vlmqual_perf.bench import POSITIONS
 from vlmqual_perf.forecast import Forecast, earlier
 from vlmqual_perf.front import Front, show
-from vlmqual_perf.plan import PHASES, Cell, cells, model_of, seed_of
+from vlmqual_perf.plan import PHASES, Cell, cells, model_of, seed_of, sizes_of
 from vlmqual_perf.progress import Reporter, table
 from vlmqual_perf.runner import Runner, Settings
 from vlmqual_perf.selection import Selection, select
@@ -92,7 +92,7 @@ class _Command:
         """Plan, check, measure, show."""
         _valid(args)
         chosen = select(args.suite, file=args.scenarios, family=args.family, checkpoint=args.checkpoint)
-        sizes = chosen.suite.tp if args.tp is None else _numbers(args.tp)
+        sizes = chosen.suite.tp if args.tp is None else sizes_of(args.tp)
         phases = [phase for phase in args.phases.split(",") if phase]
         cells(chosen.scenarios, phases, sizes)
         front = Front(
@@ -270,13 +270,3 @@ def _header(args: argparse.Namespace, chosen: Selection, sizes: Sequence[int], t
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--tp {text!r} is no list of numbers such as 1,2,4") from None
-    if min(numbers) < 1:
-        raise UsageError(f"--tp {text!r}: tensor-parallel sizes are positive")
-    return numbers

@@ -22,7 +22,7 @@ from vlmqual_perf.gate_launches import Arm, Name, Settings
 from vlmqual_perf.gate_recorded import MACHINE, Recorded, differences, told
 from vlmqual_perf.gate_run import Comparison
 from vlmqual_perf.gate_statistics import FEWEST, Rule
-from vlmqual_perf.plan import cells, model_of
+from vlmqual_perf.plan import cells, model_of, sizes_of
 
 PHASES = ("preprocess", "vision", "prefill", "decode", "ttft")
 SUITE = "smoke"
@@ -202,17 +202,6 @@ def _among(name: str, cases: set[str], place: int) -> bool:
 
 def _recorded_sizes(recorded: Sequence[Recorded]) -> tuple[int, ...]:
     return tuple(sorted({launch.tp for one in recorded for launch in one.launches}))
-
-
-def sizes_of(text: str) -> tuple[int, ...]:
-    """Tensor-parallel sizes from an argument."""
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--tp {text!r} is no list of numbers such as 1,2,4") from None
-    if min(numbers) < 1:
-        raise UsageError(f"--tp {text!r}: tensor-parallel sizes are positive")
-    return numbers
 
 
 def check(arm: Arm, scenarios: Sequence[Scenario], sizes: Sequence[int], settings: Settings, rehearse: bool) -> Info:

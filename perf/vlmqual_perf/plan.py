@@ -99,6 +99,21 @@ def seed_of(*facts: object) -> int:
     return int(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8], 16)
 
 
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Tensor-parallel sizes of an argument such as 1,2,4, each once.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"--tp {text!r} is no list of numbers such as 1,2,4") from None
+    if min(numbers) < 1:
+        raise UsageError(f"--tp {text!r}: tensor-parallel sizes are positive")
+    return numbers
+
+
 def model_of(scenario: Scenario, checkpoint: Path | None) -> Model:
     """The scenario's model: its own checkpoint, or the user's."""
     return Model(str(checkpoint), scenario.family) if checkpoint else scenario.model()
