@@ -1,8 +1,7 @@
-"""The cost model against torch's counter over transformers, which neither of us wrote."""
+"""The cost model against torch's counter over transformers, an implementation of its own."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from vlmqual_contract.target import MARKERS, Model, Options, Prompt
 from vlmqual_perf import costs
 from vlmqual_perf.costs_request import of_tensors
 from vlmqual_perf.plan import config_of
-
-pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 CHECKPOINTS = {"idefics-resampler-tiny": "idefics", "idefics3-tiny": "idefics3", "mllama-tiny": "mllama"}
 

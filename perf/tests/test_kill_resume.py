@@ -60,7 +60,7 @@ def test_timings_and_what_they_decide_and_the_order_tell_no_two_runs_apart(tmp_p
     ],
 )
 def test_anything_else_does(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
-    one, other = written(tmp_path / "one", ROW), written(tmp_path / "other", replace(ROW, **changes))  # type: ignore[arg-type]
+    one, other = written(tmp_path / "one", ROW), written(tmp_path / "other", replace(ROW, **changes))
     (found,) = kill_resume.differences(one, other)
     assert found.endswith(f"one/decode/tp1 differs in {sentence}")
 

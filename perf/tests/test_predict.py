@@ -19,7 +19,7 @@ COST = Cost({"mlp": 5 * 10**9, "head": 10**9}, 15 * 10**8, 5 * 10**8, 0, 0, 0, 3
 
 
 def sheet(**figures: float) -> Ceilings:
-    return Ceilings("data-sheet", "by hand", "float16", **figures)  # type: ignore[arg-type]
+    return Ceilings("data-sheet", "by hand", "float16", **figures)
 
 
 def test_the_slower_of_compute_and_memory_is_the_time() -> None:

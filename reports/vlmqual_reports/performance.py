@@ -318,10 +318,11 @@ def _collectives(cell: Measurement) -> tuple[float, float] | None:
     found = cell.checks.get("collectives")
     if not isinstance(found, Mapping):
         return None
-    bounds = [found.get(name) for name in ("fastest_s", "slowest_s", "call_s")]
-    if not all(isinstance(value, (int, float)) for value in bounds) or not bounds[2]:
+    values = [found.get(name) for name in ("fastest_s", "slowest_s", "call_s")]
+    known = [float(value) for value in values if isinstance(value, (int, float))]
+    if len(known) < len(values) or not known[-1]:
         return None
-    fastest, slowest, call = map(float, bounds)  # type: ignore[arg-type]  # numbers, just looked at
+    fastest, slowest, call = known
     return fastest / call, slowest / call
 
 
