@@ -14,13 +14,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    with Nursery("suite") as suite:
+    with Nursery("bare") as worker, Nursery("suite", worker.python) as suite:
         yield suite
 
 
 @pytest.fixture(scope="module")
 def copied(nursery: Nursery) -> Iterator[None]:
-    """Sessions that this process starts are copies of one that has collected the suite, which is most of their time."""
+    """Sessions that this process starts are copies of one that has collected the suite, which is most of their time.
+
+    So are their workers, of one that has imported what any worker needs.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sessions, "run", partial(sessions.run, python=nursery.python))
         yield

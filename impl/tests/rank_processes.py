@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Four processes, three of them forks of the first, which has imported torch. The first two are the ranks of a group of
+# Four processes, three of them forks of the first. The first two are the ranks of a group of
 # two before all are the ranks of a group of four.
 RANKS = """
 import os, sys
@@ -43,17 +42,18 @@ def free_ports(count: int) -> list[str]:
         return [str(one.getsockname()[1]) for one in held]
 
 
-def assert_ranks_equal_one(folder: Path, example: str) -> None:
+def assert_ranks_equal_one(folder: Path, example: str, python: str) -> None:
     """Run an example on groups of two and four processes and compare every row with one process in float64.
 
     Args:
         folder: holds the checkpoint `model`.
         example: Python text that defines `run(path, ranks)`, which gives logits (steps, rows, vocabulary).
+        python: interpreter of the ranks.
     """
     (folder / "ranks_example.py").write_text(example)
     ports = free_ports(2)
     started = subprocess.Popen(
-        [sys.executable, "-c", RANKS, str(folder), str(folder / "model"), *ports],
+        [python, "-c", RANKS, str(folder), str(folder / "model"), *ports],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         start_new_session=True,

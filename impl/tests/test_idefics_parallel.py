@@ -10,6 +10,7 @@ import torch
 from rank_processes import assert_ranks_equal_one
 from test_idefics_model import opened, settings
 
+from vlmqual_faults.nursery import Nursery
 from vlmqual_impl.api.idefics import IdeficsForVisionText2Text
 from vlmqual_impl.configs import IdeficsConfig
 from vlmqual_impl.models import idefics
@@ -69,12 +70,12 @@ def config(kind: str, **changes: Any) -> IdeficsConfig:
     return IdeficsConfig(**settings(**{**KINDS[kind], **changes}))
 
 
-def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
+def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path, nursery: Nursery) -> None:
     for kind in KINDS:  # biases and gates far from 0: what every rank adds has to show
         model = IdeficsForVisionText2Text(config(kind))
         opened(model)
         model.save_pretrained(tmp_path / "model" / kind)
-    assert_ranks_equal_one(tmp_path, EXAMPLE)
+    assert_ranks_equal_one(tmp_path, EXAMPLE, nursery.python)
 
 
 LAYER, TOWER, RESAMPLER = (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rank_processes import assert_ranks_equal_one
 
+from vlmqual_faults.nursery import Nursery
 from vlmqual_impl.api.mllama import MllamaForConditionalGeneration
 from vlmqual_impl.configs import MllamaConfig
 from vlmqual_impl.models import mllama
@@ -72,7 +73,7 @@ def config(**text: Any) -> MllamaConfig:
     return MllamaConfig(vision, sizes, image_token_index=64)
 
 
-def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
+def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path, nursery: Nursery) -> None:
     torch.manual_seed(4)
     model = MllamaForConditionalGeneration(config())
     with torch.no_grad():  # gates open, and biases far from 0: one that is added by every rank has to show
@@ -82,7 +83,7 @@ def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
             if "gate" in name.rpartition(".")[2]:
                 parameter.fill_(0.7)
     model.save_pretrained(tmp_path / "model")
-    assert_ranks_equal_one(tmp_path, EXAMPLE)
+    assert_ranks_equal_one(tmp_path, EXAMPLE, nursery.python)
 
 
 @pytest.mark.parametrize(

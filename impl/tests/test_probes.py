@@ -15,6 +15,7 @@ from vlmqual_contract.discovery import make_target
 from vlmqual_contract.errors import Unsupported, UsageError
 from vlmqual_contract.remote import RemoteTarget
 from vlmqual_contract.target import Model, Options
+from vlmqual_faults.nursery import Nursery
 from vlmqual_impl import probes
 
 
@@ -76,9 +77,9 @@ def test_emulated_functions_have_probes_and_other_words_are_refused(tmp_path: Pa
         target.probe("gemm", (8,), "float32")
 
 
-def test_two_ranks_meet_for_a_probe_with_and_without_a_session() -> None:
+def test_two_ranks_meet_for_a_probe_with_and_without_a_session(nursery: Nursery) -> None:
     model = Model(str(fixtures.checkpoint("idefics3-tiny")), "idefics3")
-    with RemoteTarget("eager", tp=2, threads=1) as target:
+    with RemoteTarget("eager", tp=2, threads=1, python=nursery.python) as target:
         assert target.probe("all-reduce", (1 << 10,), "float32") > 0
         with target.open(model, Options(tp=2)) as session:
             assert target.probe("all-reduce", (1 << 10,), "float32") > 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rank_processes import assert_ranks_equal_one
 
+from vlmqual_faults.nursery import Nursery
 from vlmqual_impl.api.idefics3 import Idefics3ForConditionalGeneration
 from vlmqual_impl.configs import Idefics3Config
 from vlmqual_impl.models import idefics3
@@ -66,14 +67,14 @@ def config(**text: int) -> Idefics3Config:
     return Idefics3Config(image_token_id=60, text_config=sizes, vision_config=vision)
 
 
-def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path) -> None:
+def test_two_and_four_ranks_equal_one_for_every_row(tmp_path: Path, nursery: Nursery) -> None:
     torch.manual_seed(4)
     model = Idefics3ForConditionalGeneration(config())
     with torch.no_grad():  # biases far from 0: one that is added by every rank has to show
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(tmp_path / "model")
-    assert_ranks_equal_one(tmp_path, EXAMPLE)
+    assert_ranks_equal_one(tmp_path, EXAMPLE, nursery.python)
 
 
 @pytest.mark.parametrize(

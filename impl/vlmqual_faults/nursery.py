@@ -9,6 +9,7 @@ process that has imported everything, and ends as that does. When the stand-in i
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +27,9 @@ from typing import Any, Literal, Self
 
 from vlmqual_faults.surgery import PACKAGE, source
 
-#: "worker" stands for an interpreter that starts `vlmqual_contract.worker`, "suite" for one that starts pytest.
-Kind = Literal["worker", "suite"]
+#: "worker" and "bare" stand for an interpreter that starts `vlmqual_contract.worker`, with and without the bundled
+#: implementation in memory, and "suite" for one that starts pytest.
+Kind = Literal["worker", "bare", "suite"]
 #: What a worker needs, beside what these import themselves.
 _MODULES = (
     "vlmqual_contract.worker",
@@ -50,8 +54,10 @@ link.connect({path!r})
 socket.send_fds(link, [json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode() + b"\\n"], [0, 1, 2])
 for number in (0, 1):
     os.close(number)
-code = link.recv(8)
-os._exit(int(code) if code else 1)
+code = int(link.recv(8) or b"1")
+if code < 0:
+    os.kill(os.getpid(), -code)
+os._exit(code)
 """
 
 
@@ -62,8 +68,13 @@ class Nursery:
         python: path that stands for an interpreter.
     """
 
-    def __init__(self, kind: Kind = "worker") -> None:
-        """Start it; what is asked of it before it has imported everything waits."""
+    def __init__(self, kind: Kind = "worker", workers: str = "") -> None:
+        """Start it; what is asked of it before it has imported everything waits.
+
+        Args:
+            kind: what copies are to be.
+            workers: path that stands for the interpreter of workers that copies start, "" for their own.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="vlmqual-nursery-")
         folder = Path(self._folder.name)
         path = str(folder / "socket")
@@ -76,7 +87,7 @@ class Nursery:
         self.python = str(stand_in)
         number = self._listener.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vlmqual_faults.nursery", kind, str(number)],
+            [sys.executable, "-m", "vlmqual_faults.nursery", kind, str(number), workers],
             pass_fds=(number,),
             stdin=subprocess.PIPE,
             env={**os.environ, **_ENVIRONMENT},
@@ -94,27 +105,47 @@ class Nursery:
         self._folder.cleanup()
 
 
-def serve(kind: str, listener: socket.socket) -> None:
+def serve(kind: str, listener: socket.socket, workers: str) -> None:
     """Import, then make a copy of this process for every stand-in that asks, until the proof is over."""
     if kind == "suite":
         _load_suite()
     else:
-        _load_worker()
+        _load(_MODULES if kind == "worker" else _MODULES[:1])
+    gc.collect()
+    gc.freeze()  # copies leave the memory of what is loaded untouched, so they share it
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the proof, which ends this process
+    links: dict[int, socket.socket] = {}
+    signal.signal(signal.SIGCHLD, lambda *_: _say_how_they_ended(links))
     while True:
         link, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until the copy is known
+        copy = os.fork()
+        if copy == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            _become(kind, link)
-        link.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            listener.close()
+            for other in links.values():
+                other.close()
+            sys.executable = workers or sys.executable
+            _become(link)
+        links[copy] = link
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
-def _load_worker() -> None:
-    for name in _MODULES:
+def _say_how_they_ended(links: dict[int, socket.socket]) -> None:
+    """Tell the stand-ins of copies that have ended how they ended, as Python counts it: -9 is SIGKILL."""
+    while links:
+        number, status = os.waitpid(-1, os.WNOHANG)
+        if number == 0:
+            return
+        with links.pop(number) as link, contextlib.suppress(OSError):
+            link.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _load(modules: Sequence[str]) -> None:
+    for name in modules:
         import_module(name)
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{PACKAGE}."):
@@ -135,18 +166,19 @@ def _load_suite() -> None:
             golden.array(name)
 
 
-def _work(kind: str, arguments: list[str]) -> int:
-    """What the interpreter would do: `-c CODE FOLDERS worker's arguments` or `-m pytest pytest's arguments`."""
-    if kind == "suite":
-        import pytest
+def _work(arguments: list[str]) -> int:
+    """Do what an interpreter would: `-c CODE ...`, `-m pytest ...`, or `-m MODULE ...` of a module with a `main`."""
+    said, what, *rest = arguments
+    if said == "-c":
+        sys.argv = ["-c", *rest]
+        exec(what, {"__name__": "__main__"})
+        return 0
+    sys.argv = [what, *rest]
+    module: Any = import_module(what)
+    return int(module.main())
 
-        return int(pytest.main(arguments[2:]))
-    sys.argv = ["worker", *arguments[3:]]
-    worker: Any = import_module("vlmqual_contract.worker")
-    return int(worker.main())
 
-
-def _become(kind: str, link: socket.socket) -> None:
+def _become(link: socket.socket) -> None:
     """Be what a stand-in asked for, then end."""
     code = 1
     try:
@@ -162,15 +194,19 @@ def _become(kind: str, link: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)
+        sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         threading.Thread(target=_end_with, args=(link,), daemon=True).start()
-        code = _work(kind, arguments)
+        code = _work(arguments)
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-            link.send(str(code).encode())
         os._exit(code)
 
 
@@ -190,4 +226,4 @@ def _end_with_standard_input() -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
+    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])), sys.argv[3])

@@ -289,7 +289,7 @@ def test_a_killed_run_goes_on_with_the_cells_that_are_missing(tmp_path):
         "load,preprocess,decode",
     ]
     command = [sys.executable, "-m", "vlmqual_contract.cli", "perf", "--target", TRUTH, *arguments]
-    process = subprocess.Popen([*command, "--cell-seconds", "5"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--cell-seconds", "1"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         found = list(runs(tmp_path / "results", quiet=True)) if (tmp_path / "results").is_dir() else []
@@ -302,7 +302,7 @@ def test_a_killed_run_goes_on_with_the_cells_that_are_missing(tmp_path):
     assert not killed.complete
     before = {row.case: row for row in killed.measurements}
     assert before, "the run was killed before its first cell was done"
-    again = subprocess.run([*command, "--cell-seconds", "5"], capture_output=True, text=True, check=False)
+    again = subprocess.run([*command, "--cell-seconds", "1"], capture_output=True, text=True, check=False)
     assert again.returncode == EXIT_OK, again.stderr
     assert "measured before and are kept" in again.stdout
     (run,) = runs(tmp_path / "results")

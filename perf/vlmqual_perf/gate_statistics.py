@@ -32,7 +32,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
-from scipy.stats import false_discovery_control
 
 Floats = npt.NDArray[np.float64]
 Word = Literal["regressed", "unchanged", "improved", "cannot tell"]
@@ -255,6 +254,8 @@ def decide(values: Floats, rule: Rule) -> tuple[npt.NDArray[np.int8], npt.NDArra
     Returns:
         (..., cells) codes, see `WORDS`; and the index of the deciding look, -1 for an undecided cell.
     """
+    from scipy.stats import false_discovery_control  # takes a second, and `vlmqual --help` comes by here
+
     half = rule.alpha / 2
     codes = np.zeros(values.shape[:-2], np.int8)
     looks = np.full(values.shape[:-2], -1)

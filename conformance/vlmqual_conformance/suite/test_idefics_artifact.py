@@ -73,13 +73,17 @@ def test_tied_heads_are_the_tables_of_the_embedding(
         return {**tensors, **{head: tensors[table] for head, table in HEADS.items()}}
 
     case = golden(FAMILY, "photo")
-    tied = copy(tmp_path / "tied", without_heads, settings={"tie_word_embeddings": True})
     untied = copy(tmp_path / "untied", with_equal_heads)
-    seen = [
-        keeper.session(model, options_for(info)).prefill(case.text, case.features).logits() for model in (tied, untied)
-    ]
+    ties = {"tie_word_embeddings": True}
+    tied = {
+        "tied": copy(tmp_path / "tied", without_heads, settings=ties),
+        "tied, stored twice": copy(tmp_path / "twice", with_equal_heads, settings=ties),
+    }
+    wanted = keeper.session(untied, options_for(info)).prefill(case.text, case.features).logits()
     noise = case.noise("prefill/logits", info.dtype)
-    judge.same("prefill/logits (tied, equal heads)", seen[0], seen[1], (noise, noise))
+    for name, model in tied.items():
+        seen = keeper.session(model, options_for(info)).prefill(case.text, case.features).logits()
+        judge.same(f"prefill/logits ({name}, equal heads)", seen, wanted, (noise, noise))
     judge.verdict()
 
 
