@@ -29,7 +29,7 @@ CORE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "idefics3": (
         ("IDEFICS3-FILE-003", "IDEFICS3-FILE-005"),
-        ("IDEFICS3-VIS-003", "IDEFICS3-TEXT-001", "IDEFICS3-TEXT-010", "IDEFICS3-DEC-002"),
+        ("IDEFICS3-VIS-003", "IDEFICS3-TEXT-001", "IDEFICS3-TEXT-002", "IDEFICS3-TEXT-010", "IDEFICS3-DEC-002"),
         ("IDEFICS3-DEC-001", "IDEFICS3-TEXT-012", "IDEFICS3-PREC-001"),
     ),
     "mllama": (
