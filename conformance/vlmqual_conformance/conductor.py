@@ -376,11 +376,13 @@ class Conductor:
         entries = [entry for entry in self._concerned() if entry.names(case.name, case.ids)]
         judged = failures.judge(outcome, reason, entries, date.today())
         details: dict[str, Any] = {**judged.details, **running.noted}
-        worst = component = None
+        worst, component = None, ""
         if (judge := running.judge) is not None and judge.findings:
-            shown = judge.first_out or judge.worst
-            if shown is not None and judge.worst is not None:
-                worst, component = finite(judge.worst.ratio), shown.component
+            farthest, left = judge.worst, judge.first_out
+            worst = finite(farthest.ratio) if farthest is not None else None
+            # What fails for another reason, a token for one, has no component that left its budget.
+            shown = left or (farthest if outcome is Outcome.PASS else None)
+            component = shown.component if shown is not None else ""
             details |= waivers.used(judge.waived) if judged.outcome is Outcome.PASS else {}
             details["ratios"] = {finding.component: finite(round(finding.ratio, 4)) for finding in judge.findings}
         if judge is not None and judge.sayings is not None:
@@ -394,7 +396,7 @@ class Conductor:
             outcome=judged.outcome,
             reason=judged.reason,
             worst=worst,
-            component=component or "",
+            component=component,
             dtype=info.dtype if info else "",
             seconds=round(running.seconds, 4),
             details=details,
