@@ -176,6 +176,7 @@ def test_a_broken_target_gets_a_verdict_that_says_what_it_did(animal: Animal):
     assert row.outcome is animal.outcome, row.reason
     assert animal.says in row.reason, row.reason
     assert "the test itself failed" not in row.reason, "the suite has to see this coming"
+    assert bool(row.component) == ("times its budget" in row.reason), "what left its budget is named, and nothing else"
     if row.component:
         assert row.details["ratios"][row.component] > 1, "a component is named that kept its budget"
     assert row.seconds < LIMIT_S + 3, f"it took {row.seconds} s, the limit for one answer is {LIMIT_S} s"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-# Four processes, three of them forks of the first. The first two are the ranks of a group of
-# two before all are the ranks of a group of four.
+# Four processes, three of them forks of the first. The first two are the ranks of a group of two before all are the
+# ranks of a group of four.
 RANKS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])

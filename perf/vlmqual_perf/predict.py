@@ -19,6 +19,7 @@ from vlmqual_contract.remote import RemoteTarget
 from vlmqual_perf import costs
 from vlmqual_perf.ceilings import Ceilings, device, measured
 from vlmqual_perf.costs_request import Request, number, part
+from vlmqual_perf.plan import sizes_of
 from vlmqual_perf.roofline import Bound, Prediction, predict
 
 MEASURED = "measured:"
@@ -83,7 +84,7 @@ class _Command:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
         if args.images < 0:
             raise UsageError(f"--images {args.images} is negative")
-        question, sizes = _question(args), _sizes(args.tp)
+        question, sizes = _question(args), sizes_of(args.tp)
         rows = [(size, question.ceilings(size)) for size in sizes if not _impossible(question.config, size)]
         ceilings = dict(rows)
         found = [
@@ -195,16 +196,6 @@ def _impossible(config: Mapping[str, object], size: int) -> bool:
     except UsageError:
         return True
     return False
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--tp {text!r} is no list of numbers such as 1,2,4") from None
-    if min(sizes) < 1:
-        raise UsageError(f"--tp {text!r}: tensor-parallel sizes are positive")
-    return sizes
 
 
 def _print(question: Question, rows: Sequence[Prediction], ceilings: Mapping[int, Ceilings]) -> None:
