@@ -255,6 +255,12 @@ def test_the_rate_leaves_out_what_is_argued_to_be_equivalent() -> None:
     assert count([*found, *rows(survived=2)]).rate == 10 / 12
 
 
+def test_what_only_a_unit_test_sees_is_not_caught_by_the_suite() -> None:
+    found = [*rows(core=9), replace(ROW, fate="survived", verdict="unit-tested", argument="x")]
+    assert count(found).rate == 9 / 10
+    assert not shown(found)[0], "below the rate that is required"
+
+
 @pytest.mark.parametrize(
     ("found", "fine"),
     [
@@ -262,8 +268,9 @@ def test_the_rate_leaves_out_what_is_argued_to_be_equivalent() -> None:
         (rows(core=999, survived=1), False),
         ([*rows(core=1), replace(ROW, fate="survived", verdict="equivalent", argument="x")], True),
         ([*rows(core=99), replace(ROW, fate="survived", verdict="answered", argument="x")], False),
+        ([*rows(core=99), replace(ROW, fate="survived", verdict="unit-tested", argument="x")], True),
     ],
-    ids=["caught", "nothing-said", "equivalent", "answered-but-survives"],
+    ids=["caught", "nothing-said", "equivalent", "answered-but-survives", "unit-tested"],
 )
 def test_a_survivor_of_which_nothing_holds_fails_the_run(found: list[Row], fine: bool) -> None:
     assert shown(found)[0] == fine
@@ -298,3 +305,6 @@ def test_every_argument_of_the_table_is_about_a_mutant_that_exists() -> None:
         module, _, path = each.where.partition(":")
         found = {(mutant.old, mutant.new) for mutant in mutants(module, path)}
         assert (each.old, each.new) in found, f"{each.where} has no mutant {each.old} -> {each.new}"
+        if each.test:
+            file, _, name = each.test.partition("::")
+            assert f"\ndef {name}(" in Path(__file__).with_name(file).read_text("utf-8"), f"{each.test} is not there"

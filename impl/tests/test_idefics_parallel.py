@@ -128,6 +128,15 @@ def test_the_heads_of_a_resampler_that_is_not_there_need_not_divide() -> None:
             check(idefics.divisible(config(kind)), ranks)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_columns_are_those_of_the_module_that_is_named(kind: str) -> None:
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(config(kind))
+    for _, what, count, name in idefics.divisible(config(kind)):
+        if "columns" in what:
+            assert model.get_submodule(name).out_features == count, name
+
+
 @pytest.mark.parametrize(("kind", "blocks", "readers"), [("plain", 2, 0), ("resampler", 4, 2)])
 def test_the_plan_cuts_every_head_and_feed_forward_module_and_nothing_else(
     kind: str, blocks: int, readers: int

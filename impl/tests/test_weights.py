@@ -261,6 +261,18 @@ def test_a_tied_checkpoint_that_holds_another_head_is_refused(tmp_path: Path) ->
     assert "lm_head.weight differs from model.text_model.embed_tokens.weight" in refused(tmp_path)
 
 
+def test_a_tied_tensor_may_be_stored_under_its_other_name(tmp_path: Path) -> None:
+    model = mine(tie=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.text_model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    again = Idefics3ForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 200, -10])
 def test_a_truncated_file_is_named(saved: Path, keep: int) -> None:
     file = saved / "model.safetensors"

@@ -114,7 +114,7 @@ class Row:
         requirements: of that case.
         reason: why.
         seconds: that it took.
-        verdict: of a survivor: "equivalent", "answered", or "" where nobody has said anything.
+        verdict: of a survivor: one of `survivors.VERDICTS`, or "" where nobody has said anything.
         argument: why.
     """
 
@@ -372,24 +372,27 @@ class Count:
     broken: int
     hung: int
     equivalent: int
+    unit_tested: int
     unanswered: int
 
     @property
     def rate(self) -> float:
-        """Caught, of those that are not argued to be equivalent."""
+        """Caught by the suite, of those that are not argued to be equivalent."""
         counted = self.made - self.equivalent
-        return (counted - self.unanswered) / counted if counted else 1.0
+        return (counted - self.unit_tested - self.unanswered) / counted if counted else 1.0
 
 
 def count(rows: Sequence[Row]) -> Count:
-    """Count how mutants ended; one that is answered by a test but survives all the same is unanswered."""
+    """Count how mutants ended; one that is answered by a case but survives all the same is unanswered."""
     fates = Counter(row.fate for row in rows)
-    equivalent = sum(row.verdict == "equivalent" for row in rows)
+    verdicts = Counter(row.verdict for row in rows)
+    equivalent, unit_tested = verdicts["equivalent"], verdicts["unit-tested"]
     return Count(
         made=len(rows),
         **{fate: fates[fate] for fate in _CAUGHT},
         equivalent=equivalent,
-        unanswered=fates["survived"] - equivalent,
+        unit_tested=unit_tested,
+        unanswered=fates["survived"] - equivalent - unit_tested,
     )
 
 
@@ -402,12 +405,13 @@ def show(rows: Sequence[Row], console: Console) -> bool:
     console.print(
         f"  {found.made} mutants; caught by the core {found.core}, by the rest of the target's cases {found.suite}, by "
         f"the library's cases {found.library}, broken {found.broken}, hung {found.hung}; survived: equivalent "
-        f"{found.equivalent}, unanswered {found.unanswered}; rate {found.rate:.1%}",
+        f"{found.equivalent}, seen by a unit test {found.unit_tested}, unanswered {found.unanswered}; rate "
+        f"{found.rate:.1%}",
         markup=False,
         soft_wrap=True,
     )
     for row in rows:
-        if row.fate == "survived" and row.verdict != "equivalent":
+        if row.fate == "survived" and row.verdict not in ("equivalent", "unit-tested"):
             console.print(
                 f"SURVIVED  {row.family} {row.id} (line {row.line}): {row.old}  ->  {row.new}",
                 markup=False,

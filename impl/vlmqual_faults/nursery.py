@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -100,9 +100,13 @@ class Nursery:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._process:  # closes its input and waits
-            self._process.kill()
+        self.end()
         self._folder.cleanup()
+
+    def end(self) -> None:
+        """End it and all copies; who waits for one of them hears that it failed."""
+        with self._process:  # closes its input, which ends it, and waits
+            pass
 
 
 def serve(kind: str, listener: socket.socket, workers: str) -> None:
@@ -113,9 +117,9 @@ def serve(kind: str, listener: socket.socket, workers: str) -> None:
         _load(_MODULES if kind == "worker" else _MODULES[:1])
     gc.collect()
     gc.freeze()  # copies leave the memory of what is loaded untouched, so they share it
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the proof, which ends this process
     links: dict[int, socket.socket] = {}
+    threading.Thread(target=_end_with_standard_input, args=(links,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the proof, which ends this process
     signal.signal(signal.SIGCHLD, lambda *_: _say_how_they_ended(links))
     while True:
         link, _ = listener.accept()
@@ -218,10 +222,14 @@ def _end_with(link: socket.socket) -> None:
     os._exit(1)
 
 
-def _end_with_standard_input() -> None:
-    """End this process when the proof is gone."""
+def _end_with_standard_input(copies: Collection[int]) -> None:
+    """End this process and its copies, each the first of a session, when the proof is over or gone."""
     while os.read(0, 1):
         pass
+    for number in tuple(copies):
+        for end in (os.killpg, os.kill):  # one that was made just now is no first yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end(number, signal.SIGKILL)
     os._exit(0)
 
 

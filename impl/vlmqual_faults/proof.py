@@ -197,7 +197,9 @@ class _Proof:
                         bar.update(task, advance=profile in work[waiting[done]])
                     bar.update(task, description=f"{waiting[done].family} {waiting[done].name}"[:40])
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                suite.end()  # and the trials in flight with it
+                worker.end()
                 raise
         return sum(map(len, work.values()))
 

@@ -11,7 +11,7 @@ from vlmqual_contract.errors import UsageError
 from vlmqual_faults.mutation import Mutant
 
 TABLE = Path(__file__).with_name("survivors.toml")
-VERDICTS = ("equivalent", "answered")
+VERDICTS = ("equivalent", "answered", "unit-tested")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class Argument:
         old: what stands there, normalised.
         new: what the mutant puts there, normalised.
         families: for which it was argued.
-        verdict: "equivalent", nobody can observe it; "answered", a test was added that fails under it.
-        reason: one or two sentences; of an answered one, which test.
+        verdict: "equivalent", nobody can observe it; "answered", a case of the suite was added that fails under it;
+            "unit-tested", no case sees it, and a unit test fails under it.
+        reason: one or two sentences; of an answered one, which case; of a unit-tested one, why no case sees it.
+        test: of a unit-tested one, "file::function".
     """
 
     where: str
@@ -33,6 +35,7 @@ class Argument:
     families: tuple[str, ...]
     verdict: str
     reason: str
+    test: str = ""
 
 
 def argument(mutant: Mutant, family: str) -> Argument | None:
@@ -56,7 +59,7 @@ def arguments(path: Path = TABLE) -> tuple[Argument, ...]:
             each = Argument(**{**entry, "families": tuple(entry["families"])})
         except (KeyError, TypeError) as error:
             raise UsageError(f"{path.name}: survivor {number}: {error} is missing or not known") from error
-        if each.verdict not in VERDICTS or not each.reason:
+        if each.verdict not in VERDICTS or not each.reason or bool(each.test) != (each.verdict == "unit-tested"):
             raise UsageError(f"{path.name}: survivor {number}: verdict {each.verdict!r} with reason {each.reason!r}")
         found.append(each)
     return tuple(found)

@@ -65,7 +65,7 @@ class Openings(Honest):
     @contextmanager
     def open(self, model: Any, options: Any) -> Iterator[Any]:
         with self._file.open("a") as file:
-            file.write(model.family + (f"-over-{options.tp}" if options.tp > 1 else "") + "\n")
+            file.write(Path(model.path).name + (f"-over-{options.tp}" if options.tp > 1 else "") + "\n")
         yield Silent()
 
 

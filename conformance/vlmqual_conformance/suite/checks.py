@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,33 @@ from vlmqual_conformance.suite import runs
 from vlmqual_contract import fixtures
 from vlmqual_contract.distance import length
 from vlmqual_contract.remote import RemoteFeatures, RemoteSession
-from vlmqual_contract.target import Array, Capability, FloatArray, Info, Inputs, Prompt
+from vlmqual_contract.target import Array, Capability, FloatArray, Info, Inputs, Model, Prompt
 
 Taps = Callable[[], Mapping[str, Array]]
+
+
+def with_settings(model: Model, folder: Path, name: str, settings: Mapping[str, Any]) -> Model:
+    """A checkpoint with other values in one JSON file of its folder; every other file is a link.
+
+    Args:
+        model: the checkpoint.
+        folder: where the other one is made, unless it is there already.
+        name: of the file.
+        settings: replaces the values of these keys; a mapping replaces those of its own keys.
+    """
+    if not folder.is_dir():
+        folder.mkdir()
+        for file in Path(model.path).iterdir():
+            if file.name != name:
+                (folder / file.name).symlink_to(file)
+        values = json.loads((Path(model.path) / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps(_merged(values, settings)), "utf-8")
+    return replace(model, path=str(folder))
+
+
+def _merged(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {name: _merged(values[name], each) for name, each in settings.items() if isinstance(each, Mapping)}
+    return {**values, **settings, **inner}
 
 
 # preprocessing --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from vlmqual_conformance.subjects import TINY, TargetKeeper, demand, options_for
 from vlmqual_conformance.suite import checks, runs
 from vlmqual_contract import fixtures
 from vlmqual_contract.remote import RemoteSession
-from vlmqual_contract.target import Info, Model, Prompt
+from vlmqual_contract.target import Info, Prompt
 
 FAMILY = "idefics3"
 CHECKPOINT = TINY[FAMILY]
@@ -93,21 +92,8 @@ def test_ids_of_prompts_with_images_are_the_references(
     demand(info, checks.batch_needs(entry))
     model = tiny(FAMILY)
     if entry["images_kwargs"]:
-        model = with_image_options(checkpoint_copies / "whole", entry["images_kwargs"])
+        options = entry["images_kwargs"]
+        model = checks.with_settings(model, checkpoint_copies / "whole", "preprocessor_config.json", options)
     session = keeper.session(model, options_for(info))
     made = session.preprocess(checks.prompts_of(entry))
     checks.same_ids(made, entry, ("attention_mask", "input_ids"))
-
-
-def with_image_options(folder: Path, options: dict[str, Any]) -> Model:
-    """The tiny checkpoint with other options of its image processor; every other file is a link to the fixture's."""
-    name = "preprocessor_config.json"
-    source = Path(tiny(FAMILY).path)
-    if not folder.is_dir():
-        folder.mkdir()
-        for file in source.iterdir():
-            if file.name != name:
-                (folder / file.name).symlink_to(file)
-        settings = json.loads((source / name).read_text("utf-8"))
-        (folder / name).write_text(json.dumps({**settings, **options}), "utf-8")
-    return Model(str(folder), FAMILY)
