@@ -111,14 +111,14 @@ class Nursery:
 
 def serve(kind: str, listener: socket.socket, workers: str) -> None:
     """Import, then make a copy of this process for every stand-in that asks, until the proof is over."""
+    links: dict[int, socket.socket] = {}
+    threading.Thread(target=_end_with_standard_input, args=(links,), daemon=True).start()
     if kind == "suite":
         _load_suite()
     else:
         _load(_MODULES if kind == "worker" else _MODULES[:1])
     gc.collect()
     gc.freeze()  # copies leave the memory of what is loaded untouched, so they share it
-    links: dict[int, socket.socket] = {}
-    threading.Thread(target=_end_with_standard_input, args=(links,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the proof, which ends this process
     signal.signal(signal.SIGCHLD, lambda *_: _say_how_they_ended(links))
     while True:
