@@ -31,6 +31,7 @@ from vlmqual_conformance.catalogue import Case
 from vlmqual_conformance.failures import Failure
 from vlmqual_conformance.outcomes import outcome_of
 from vlmqual_conformance.plan import Plan
+from vlmqual_conformance.policy import BadAnswer
 from vlmqual_conformance.waivers import Waiver
 from vlmqual_contract import fixtures, machine
 from vlmqual_contract.discovery import code_digest, parse, suite_version
@@ -376,13 +377,13 @@ class Conductor:
         entries = [entry for entry in self._concerned() if entry.names(case.name, case.ids)]
         judged = failures.judge(outcome, reason, entries, date.today())
         details: dict[str, Any] = {**judged.details, **running.noted}
-        worst, component = None, ""
+        # What fails for another reason than a budget, a token for one, has no component but that of no numbers.
+        worst, component = None, running.error.component if isinstance(running.error, BadAnswer) else ""
         if (judge := running.judge) is not None and judge.findings:
             farthest, left = judge.worst, judge.first_out
             worst = finite(farthest.ratio) if farthest is not None else None
-            # What fails for another reason, a token for one, has no component that left its budget.
             shown = left or (farthest if outcome is Outcome.PASS else None)
-            component = shown.component if shown is not None else ""
+            component = shown.component if shown is not None else component
             details |= waivers.used(judge.waived) if judged.outcome is Outcome.PASS else {}
             details["ratios"] = {finding.component: finite(round(finding.ratio, 4)) for finding in judge.findings}
         if judge is not None and judge.sayings is not None:

@@ -26,7 +26,15 @@ EXACT = DTYPES[:2]
 
 
 class BadAnswer(Exception):
-    """What came back is no answer: a wrong shape, a wrong kind of number, NaN or infinity. Leads to `error`."""
+    """What came back is no answer: a wrong shape, a wrong kind of number, NaN or infinity. Leads to `error`.
+
+    Attributes:
+        component: the tensor, "" where the sentence is about another thing.
+    """
+
+    def __init__(self, sentence: str, component: str = "") -> None:
+        super().__init__(sentence)
+        self.component = component
 
 
 def checked(name: str, value: Array, shape: Sequence[int], mask: Array | None = None) -> FloatArray:
@@ -42,14 +50,14 @@ def checked(name: str, value: Array, shape: Sequence[int], mask: Array | None = 
         BadAnswer: another shape, no floating-point numbers, or numbers that are not finite where they count.
     """
     if tuple(value.shape) != tuple(shape):
-        raise BadAnswer(f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}")
+        raise BadAnswer(f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}", name)
     if value.dtype.kind != "f":
-        raise BadAnswer(f"{name} is {value.dtype}, not floating point")
+        raise BadAnswer(f"{name} is {value.dtype}, not floating point", name)
     wide = value.astype(np.float64)
     seen = wide if mask is None else wide[mask != 0]
     if not np.isfinite(seen).all():
         kind = "NaN" if np.isnan(seen).any() else "infinity"
-        raise BadAnswer(f"{name} holds {kind} in {int((~np.isfinite(seen)).sum())} of {seen.size} places")
+        raise BadAnswer(f"{name} holds {kind} in {int((~np.isfinite(seen)).sum())} of {seen.size} places", name)
     return wide
 
 

@@ -83,7 +83,8 @@ class Verdict:
         outcome: see `Outcome`.
         reason: for anything but a pass: one sentence.
         worst: error divided by budget, 1.0 is on the limit; None where nothing is compared numerically.
-        component: the tensor that `worst` belongs to; for a failure the component that first left its budget.
+        component: the tensor that `worst` belongs to; for a failure the component that first left its budget or
+            is no answer, as NaN is none.
         dtype: declared compute dtype that set the budget.
         seconds: host time that the case took.
         details: further plain data: observed values, seeds, expiry of a known failure.

@@ -147,7 +147,7 @@ def hidden_like_gold(case: Golden, seen: RemoteFeatures) -> FloatArray:
     """
     found, gold = hidden(case, seen), case.array(case.hidden)
     if found.shape != gold.shape:
-        raise BadAnswer(f"{case.hidden} has shape {found.shape}, not {gold.shape}")
+        raise BadAnswer(f"{case.hidden} has shape {found.shape}, not {gold.shape}", case.hidden)
     return found
 
 
@@ -217,7 +217,7 @@ def earlier_positions_keep(session: RemoteSession, info: Info, judge: Judge, cas
     seen = session.prefill({**case.text, "input_ids": ids}, case.features).logits(True)
     gold = case.array(tensor)
     if seen.shape != gold.shape:
-        raise BadAnswer(f"{tensor} has shape {seen.shape}, not {gold.shape}")
+        raise BadAnswer(f"{tensor} has shape {seen.shape}, not {gold.shape}", tensor)
     judge.compare(tensor, seen[:, :before], gold[:, :before], case.noise(tensor, info.dtype))
     judge.verdict()
 

@@ -63,7 +63,8 @@ def forced(
         own.append(tokens_of(step, rows))
         if logits[count].shape != logits[0].shape:
             shapes = f"{logits[count].shape}, not {logits[0].shape} as the prompt's"
-            raise BadAnswer(f"decode/logits.{count:02} has shape {shapes}")
+            tensor = f"decode/logits.{count:02}"
+            raise BadAnswer(f"{tensor} has shape {shapes}", tensor)
     return Forced(np.stack(logits), np.stack(own))
 
 

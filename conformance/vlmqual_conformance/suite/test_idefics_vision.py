@@ -231,5 +231,6 @@ def test_a_resampler_gives_as_many_vectors_whatever_the_size(session: RemoteSess
     seen = session.vision(with_pixels(case, noise_pictures(side, side, 2), interpolate=True))
     found = checks.hidden(case, seen)
     if found.shape != wanted:
-        raise BadAnswer(f"{case.hidden} of pictures of {side} x {side} has shape {found.shape}, not {wanted}")
+        sentence = f"{case.hidden} of pictures of {side} x {side} has shape {found.shape}, not {wanted}"
+        raise BadAnswer(sentence, case.hidden)
     assert np.isfinite(found).all(), f"{case.hidden} of pictures of {side} x {side} is not finite"
