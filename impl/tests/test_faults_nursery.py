@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -40,11 +41,16 @@ def test_copies_and_what_they_started_end_with_the_nursery_or_with_who_asked(nur
     asked = subprocess.Popen([nursery.python, "-c", WAITS], stdout=subprocess.PIPE)
     assert asked.stdout is not None
     made = [psutil.Process(int(number)) for number in asked.stdout.readline().split()]
-    if how == "end":
-        nursery.end()
-    else:
-        asked.kill()
-    assert asked.wait(30) != 0
-    asked.stdout.close()
-    _, alive = psutil.wait_procs(made, timeout=30)
-    assert not alive
+    try:
+        if how == "end":
+            nursery.end()
+        else:
+            asked.kill()
+        assert asked.wait(30) != 0
+        _, alive = psutil.wait_procs(made, timeout=30)
+        assert not alive
+    finally:
+        for process in (asked, *made):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        asked.stdout.close()
