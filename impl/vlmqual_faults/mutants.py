@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlmqual_contract import fixtures
 from vlmqual_contract.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, UsageError, VlmqualError
@@ -36,6 +35,7 @@ from vlmqual_contract.target import FAMILIES
 from vlmqual_faults.brood import Answer, Order
 from vlmqual_faults.mutation import Mutant, Span, find, functions, mutants
 from vlmqual_faults.nursery import Nursery
+from vlmqual_faults.progress import Steps
 from vlmqual_faults.surgery import PACKAGE, SurgeryError
 from vlmqual_faults.survivors import argument
 from vlmqual_faults.trials import CORE
@@ -322,13 +322,12 @@ class Journal:
 def _judge(family: str, stage: int, work: Sequence[Mutant], journal: Journal, args: argparse.Namespace) -> None:
     if not work:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     before, model, _ = CORE[family]
     subject, named = _STAGES[stage]
     waiting = list(reversed(work))
     running: dict[str, tuple[Mutant, str, float]] = {}
-    with judges(family, subject) as judge, Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{family}, {'library' if stage else 'target'}", total=len(work))
+    by = "the library's cases" if stage else "the target's cases"
+    with judges(family, subject) as judge, Steps(f"{family} by {by}", len(work)) as steps:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 each = waiting.pop()
@@ -338,9 +337,9 @@ def _judge(family: str, stage: int, work: Sequence[Mutant], journal: Journal, ar
             answer = judge.answer()
             each, room, start = running.pop(answer.name)
             shutil.rmtree(room, ignore_errors=True)
-            bar.update(task, advance=1)
+            steps.made(1)
             if answer.fate == "lost":
-                bar.console.print(f"LOST      {family} {each.id}: {answer.reason}", markup=False)
+                steps.say(f"LOST      {family} {each.id}: {answer.reason}")
                 continue
             journal.put(_row(family, stage, each, answer, round(time.monotonic() - start, 1)))
 

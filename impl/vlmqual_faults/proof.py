@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlmqual_conformance import catalogue
 from vlmqual_contract import machine
@@ -28,6 +27,7 @@ from vlmqual_faults.catalogue import Variant, variants
 from vlmqual_faults.findings import WHOLE, show, without_fault, write_matrix, write_summary
 from vlmqual_faults.nursery import Nursery
 from vlmqual_faults.profiles import Asked, Row, asked, derived
+from vlmqual_faults.progress import Steps
 from vlmqual_faults.target import PROFILES
 from vlmqual_faults.trials import Bench, Trial, asked_of, judged, observe
 
@@ -177,25 +177,23 @@ class _Proof:
         known, every = catalogue.requirements(), cases.collected()
         for each in work:
             self._cases[each] = cases.names(every, known, each.family) if self._full else asked_of(each, every, known)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             Nursery("worker") as worker,
             Nursery("suite") as suite,
-            Progress(*columns, console=Console(stderr=True)) as bar,
+            Steps("what an honest target is asked", sum(map(len, work.values()))) as steps,
             ThreadPoolExecutor(self._jobs) as pool,
         ):
             bench = Bench(worker.python, suite.python, self._timeout_s)
-            task = bar.add_task("what an honest target is asked", total=sum(map(len, work.values())))
             try:
                 honest = self._honest(work, pool, bench)
                 waiting: dict[Future[dict[str, Trial]], Variant] = {}
                 for each, missing in work.items():
                     waiting[pool.submit(self._one, each, missing, bench, honest.get(each.family, {}))] = each
                 for done in as_completed(waiting):
-                    for profile, trial in done.result().items():
-                        self._journal.put(waiting[done], profile, self._how(profile), trial)
-                        bar.update(task, advance=profile in work[waiting[done]])
-                    bar.update(task, description=f"{waiting[done].family} {waiting[done].name}"[:40])
+                    each, made = waiting[done], done.result()
+                    for profile, trial in made.items():
+                        self._journal.put(each, profile, self._how(profile), trial)
+                    steps.made(len(made.keys() & set(work[each])), f"{each.family} {each.name}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 suite.end()  # and the trials in flight with it
