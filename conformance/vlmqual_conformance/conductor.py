@@ -31,7 +31,6 @@ from vlmqual_conformance.catalogue import Case
 from vlmqual_conformance.failures import Failure
 from vlmqual_conformance.outcomes import outcome_of
 from vlmqual_conformance.plan import Plan
-from vlmqual_conformance.policy import BadAnswer
 from vlmqual_conformance.waivers import Waiver
 from vlmqual_contract import fixtures, machine
 from vlmqual_contract.discovery import code_digest, parse, suite_version
@@ -378,7 +377,7 @@ class Conductor:
         judged = failures.judge(outcome, reason, entries, date.today())
         details: dict[str, Any] = {**judged.details, **running.noted}
         # What fails for another reason than a budget, a token for one, has no component but that of no numbers.
-        worst, component = None, running.error.component if isinstance(running.error, BadAnswer) else ""
+        worst, component = None, running.error.component if isinstance(running.error, policy.BadAnswer) else ""
         if (judge := running.judge) is not None and judge.findings:
             farthest, left = judge.worst, judge.first_out
             worst = finite(farthest.ratio) if farthest is not None else None
